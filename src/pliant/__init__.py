@@ -1,0 +1,1 @@
+"""Pliant: the best model that fits a memory budget, running, and resized live."""

@@ -1,0 +1,32 @@
+"""The stored forms of a matrix: immutable values with an exact size, one file a form."""
+
+from pliant.codes.base import Code, from_tensors
+from pliant.codes.codebook import Codebook
+from pliant.codes.column_stack import ColumnStack
+from pliant.codes.dense import Dense
+from pliant.codes.group_int import GroupInt, GroupScales, quantize_scales
+from pliant.codes.low_rank import LowRank
+from pliant.codes.permuted import Permuted
+from pliant.codes.rotated import Rotated
+from pliant.codes.row_stack import RowStack
+from pliant.codes.scaled import Scaled
+from pliant.codes.sparse import Sparse
+from pliant.codes.sum import Sum
+
+__all__ = [
+    "Code",
+    "Codebook",
+    "ColumnStack",
+    "Dense",
+    "GroupInt",
+    "GroupScales",
+    "LowRank",
+    "Permuted",
+    "Rotated",
+    "RowStack",
+    "Scaled",
+    "Sparse",
+    "Sum",
+    "from_tensors",
+    "quantize_scales",
+]

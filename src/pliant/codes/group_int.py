@@ -1,0 +1,248 @@
+"""Group integers: 1 to 8 bits a weight, one scale (and zero point) a group along `in`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pliant.codes.base import Code, Stored, form, row_tiles
+from pliant.codes.packing import PLANES, pack, packed_nbytes, plane_bytes, unpack
+from pliant.errors import CorruptError, PliantError
+
+_HALF_MAX = 65_504.0
+
+
+@dataclass(frozen=True, eq=False)
+class GroupScales:
+    """Scales as stored: fp16, or packed integers times row_scale / 2**bits.
+
+    planes: one fp16 [out, groups] when bits is 16, else the bit planes of the integers. The
+    division keeps row_scale near the largest scale, where fp16 is still precise.
+    """
+
+    planes: tuple[Tensor, ...]
+    row_scale: Tensor | None  # [out] fp16
+    bits: int
+    groups: int
+
+    def scales_as(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The scales that decoding will use, [out, groups]."""
+        if self.row_scale is None:
+            return self.planes[0].to(dtype)
+        integers = unpack(self.planes, self.bits, self.groups).float()
+        return (integers * (self.row_scale.float() * 2.0**-self.bits)[:, None]).to(dtype)
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.row_scale is None:
+            return {"scales": self.planes[0]}
+        named = zip(_plane_names("scales", self.bits), self.planes, strict=True)
+        return {**dict(named), "row_scale": self.row_scale}
+
+    def rows(self, index: slice | Tensor) -> GroupScales:
+        row_scale = None if self.row_scale is None else self.row_scale[index]
+        return GroupScales(tuple(p[index] for p in self.planes), row_scale, self.bits, self.groups)
+
+
+def quantize_scales(scales: Tensor, scale_bits: int = 16) -> GroupScales:
+    """Round `scales` (float [out, groups], >= 0 unless scale_bits is 16) to their stored form.
+
+    A method rounds its scales first and chooses integers against `scales_as()` afterwards.
+    A positive scale never rounds to zero.
+    """
+    scales = scales.detach().float()
+    if scale_bits == 16:
+        return GroupScales((_half(scales),), None, 16, scales.shape[1])
+    if not 4 <= scale_bits <= 8:
+        raise PliantError(f"scale_bits must be 16 or 4 to 8, not {scale_bits}")
+    if bool((scales < 0).any()):
+        raise PliantError("negative scales need scale_bits=16")
+    top = 2**scale_bits - 1
+    row_scale = _half(scales.amax(1) * (2**scale_bits / top))
+    unit = row_scale.float()[:, None] * 2.0**-scale_bits
+    integers = torch.where(unit > 0, scales / unit.clamp(min=1e-20), 0).round().clamp(0, top)
+    integers = torch.where((scales > 0) & (unit > 0), integers.clamp(min=1), integers)
+    planes = pack(integers.to(torch.uint8), scale_bits)
+    return GroupScales(planes, row_scale, scale_bits, scales.shape[1])
+
+
+def _half(values: Tensor) -> Tensor:
+    """fp16 without overflow to infinity or underflow of a nonzero value to zero."""
+    values = values.clamp(-_HALF_MAX, _HALF_MAX)
+    half = values.half()
+    tiny = torch.copysign(torch.full_like(half, 2.0**-24), half)
+    return torch.where((half == 0) & (values != 0), tiny, half)
+
+
+def _plane_names(stem: str, bits: int) -> list[str]:
+    return [f"{stem}.{width}" for width in PLANES[bits]]
+
+
+@form("group_int")
+@dataclass(frozen=True, eq=False)
+class GroupInt(Code):
+    """w = (q - zero) * scale, q of `bits` bits, a scale for each `group_size` inputs.
+
+    The last group is as short as the width makes it. Without stored zeros the zero point is
+    2**(bits-1), and 1/2 at one bit so that the levels are -scale/2 and +scale/2.
+    """
+
+    planes: tuple[Tensor, ...]  # bit planes, uint8 [out, bytes]
+    stored_scales: GroupScales
+    zeros: tuple[Tensor, ...] | None  # bit planes of [out, groups], or None: symmetric
+    width: int
+    bit_width: int
+    group_size: int
+
+    @classmethod
+    def pack(
+        cls,
+        q: Tensor,  # [out, in] integers in 0 .. 2**bits - 1
+        scales: Tensor | GroupScales,  # [out, groups]
+        zeros: Tensor | None,  # [out, groups] integers in 0 .. 2**bits - 1
+        bits: int,
+        group_size: int,
+        scale_bits: int = 16,
+    ) -> GroupInt:
+        """Store integers; `group_size` <= 0 or beyond the width means one group a row."""
+        out, width = q.shape
+        if bits not in PLANES:
+            raise PliantError(f"bits must be 1 to 8, not {bits}")
+        group_size = _clip_group(group_size, width)
+        stored = scales if isinstance(scales, GroupScales) else quantize_scales(scales, scale_bits)
+        groups = -(-width // group_size)
+        if stored.groups != groups or stored.planes[0].shape[0] != out:
+            raise PliantError(f"expected scales [{out}, {groups}] for groups of {group_size}")
+        if zeros is not None and tuple(zeros.shape) != (out, groups):
+            raise PliantError(f"expected zeros [{out}, {groups}], not {tuple(zeros.shape)}")
+        for what, values in (("q", q), ("zeros", zeros)):
+            if values is not None and values.numel():
+                low, high = int(values.min()), int(values.max())
+                if low < 0 or high >= 2**bits:
+                    raise PliantError(f"{what} must be in 0..{2**bits - 1}, not {low}..{high}")
+        packed_zeros = None if zeros is None else pack(zeros, bits)
+        return cls(pack(q, bits), stored, packed_zeros, width, bits, group_size)
+
+    @staticmethod
+    def size(
+        out: int, width: int, bits: int, group_size: int, *, zeros: bool, scale_bits: int = 16
+    ) -> int:
+        """`nbytes` of such a code, without making it."""
+        groups = -(-width // _clip_group(group_size, width))
+        scales = 2 * out * groups if scale_bits == 16 else packed_nbytes(out, groups, scale_bits)
+        row_scale = 0 if scale_bits == 16 else 2 * out
+        packed_zeros = packed_nbytes(out, groups, bits) if zeros else 0
+        return packed_nbytes(out, width, bits) + scales + row_scale + packed_zeros
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.planes[0].shape[0], self.width
+
+    @property
+    def groups(self) -> int:
+        return -(-self.width // self.group_size)
+
+    def integers(self) -> Tensor:
+        """q, uint8 [out, in]."""
+        return unpack(self.planes, self.bit_width, self.width).clone()
+
+    def scales_as(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The scales, [out, groups]."""
+        return self.stored_scales.scales_as(dtype)
+
+    def zeros_as(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The zero points, [out, groups], the symmetric ones written out."""
+        if self.zeros is not None:
+            return unpack(self.zeros, self.bit_width, self.groups).to(dtype)
+        symmetric = 0.5 if self.bit_width == 1 else float(2 ** (self.bit_width - 1))
+        out = self.shape[0]
+        return torch.full((out, self.groups), symmetric, dtype=dtype, device=self.device)
+
+    def rows(self, index: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        planes = tuple(plane[index] for plane in self.planes)
+        scales = self.stored_scales.rows(index).scales_as()
+        zeros: Tensor | float = 0.5 if self.bit_width == 1 else 2.0 ** (self.bit_width - 1)
+        if self.zeros is not None:
+            picked = tuple(plane[index] for plane in self.zeros)
+            zeros = unpack(picked, self.bit_width, self.groups).float()
+        count = scales.shape[0]
+        decoded = torch.empty(count, self.width, dtype=dtype, device=self.device)
+        for tile in row_tiles(count, self.width, self.device):
+            q = unpack([plane[tile] for plane in planes], self.bit_width, self.width)
+            target = decoded[tile]
+            values = target if dtype == torch.float32 else torch.empty_like(target).float()
+            values.copy_(q)
+            zero = zeros if isinstance(zeros, float) else zeros[tile]
+            _dequantize(values, scales[tile], zero, self.group_size)
+            if values is not target:
+                target.copy_(values)
+        return decoded
+
+    def tensors(self) -> dict[str, Tensor]:
+        names = _plane_names("q", self.bit_width)
+        stored = dict(zip(names, self.planes, strict=True)) | self.stored_scales.tensors()
+        if self.zeros is not None:
+            names = _plane_names("zeros", self.bit_width)
+            stored |= dict(zip(names, self.zeros, strict=True))
+        return stored
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "code": self.name,
+            "shape": list(self.shape),
+            "bits": self.bit_width,
+            "group_size": self.group_size,
+            "scale_bits": self.stored_scales.bits,
+            "zeros": self.zeros is not None,
+        }
+
+    @classmethod
+    def build(cls, stored: Stored) -> GroupInt:
+        out, width = stored.shape()
+        bits = stored.integer("bits", 1, 8)
+        group_size = stored.integer("group_size", 1, max(width, 1))
+        groups = -(-width // group_size)
+
+        def planes(stem: str, bits: int, columns: int) -> tuple[Tensor, ...]:
+            return tuple(
+                stored.tensor(name, (out, plane_bytes(columns, plane)), torch.uint8)
+                for name, plane in zip(_plane_names(stem, bits), PLANES[bits], strict=True)
+            )
+
+        scale_bits = stored.integer("scale_bits", 4, 16)
+        if 8 < scale_bits < 16:
+            raise CorruptError(f"scale_bits must be 16 or 4 to 8, not {scale_bits}")
+        if scale_bits <= 8:
+            row_scale = stored.tensor("row_scale", (out,), torch.float16)
+            scales = GroupScales(
+                planes("scales", scale_bits, groups), row_scale, scale_bits, groups
+            )
+        else:
+            half = stored.tensor("scales", (out, groups), torch.float16)
+            scales = GroupScales((half,), None, 16, groups)
+        zeros = planes("zeros", bits, groups) if stored.flag("zeros") else None
+        return cls(planes("q", bits, width), scales, zeros, width, bits, group_size)
+
+
+def _clip_group(group_size: int, width: int) -> int:
+    return width or 1 if group_size <= 0 else max(1, min(group_size, width))
+
+
+def _dequantize(values: Tensor, scales: Tensor, zeros: Tensor | float, group_size: int) -> None:
+    """values <- (values - zero) * scale in place, group by group, the ragged group last."""
+    width = values.shape[1]
+    whole = width // group_size
+    if isinstance(zeros, float):
+        values.sub_(zeros)
+    if whole:
+        body = values[:, : whole * group_size].view(-1, whole, group_size)
+        if not isinstance(zeros, float):
+            body.sub_(zeros[:, :whole, None])
+        body.mul_(scales[:, :whole, None])
+    if width % group_size:
+        tail = values[:, whole * group_size :]
+        if not isinstance(zeros, float):
+            tail.sub_(zeros[:, whole:])
+        tail.mul_(scales[:, whole:])

@@ -1,0 +1,108 @@
+"""Reference kernels: compositions by their algebra, all else decoded a few rows at a time."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.codes import (
+    Code,
+    ColumnStack,
+    Dense,
+    LowRank,
+    Permuted,
+    Rotated,
+    RowStack,
+    Scaled,
+    Sparse,
+    Sum,
+)
+from pliant.kernels.dispatch import matmul, register
+
+SCRATCH = 3 * 2**20  # bytes of decoded rows held at once; with a code's own tiles below 4 MiB
+
+
+@register(Code)  # type: ignore[type-abstract]
+def by_row_tiles(x: Tensor, code: Code) -> Tensor:
+    """Decode a tile of rows, multiply, forget it: the matrix is never whole in memory."""
+    out, width = code.shape
+    step = max(1, SCRATCH // max(width * x.element_size(), 1))
+    y = x.new_empty(x.shape[0], out)
+    for start in range(0, out, step):
+        tile = slice(start, min(start + step, out))
+        y[:, tile] = F.linear(x, code.rows(tile, x.dtype))
+    return y
+
+
+@register(Dense)
+def dense(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Dense)
+    if code.values.dtype == x.dtype:
+        return F.linear(x, code.values)
+    return by_row_tiles(x, code)
+
+
+@register(Sum)
+def total(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Sum)
+    y = matmul(x, code.parts[0])
+    for part in code.parts[1:]:
+        y += matmul(x, part)
+    return y
+
+
+@register(LowRank)
+def low_rank(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, LowRank)
+    return matmul(matmul(x.float(), code.b), code.a).to(x.dtype)
+
+
+@register(Rotated)
+def rotated(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Rotated)
+    return matmul(Rotated.rotate(x, code.seed).to(x.dtype), code.inner)
+
+
+@register(Permuted)
+def permuted(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Permuted)
+    return matmul(code.gather(x), code.inner)
+
+
+@register(Scaled)
+def scaled(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Scaled)
+    y = matmul(x if code.in_scale is None else (x * code.in_scale.float()).to(x.dtype), code.inner)
+    return y if code.out_scale is None else (y * code.out_scale.float()).to(x.dtype)
+
+
+@register(RowStack)
+def row_stack(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, RowStack)
+    return torch.cat([matmul(x, part) for part in code.parts], dim=-1)
+
+
+@register(ColumnStack)
+def column_stack(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, ColumnStack)
+    slices = code.split(x)
+    y = matmul(slices[0], code.parts[0])
+    for piece, part in zip(slices[1:], code.parts[1:], strict=True):
+        y += matmul(piece, part)
+    return y
+
+
+@register(Sparse)
+def sparse(x: Tensor, code: Code) -> Tensor:
+    """Each value times its column of x, added to its row, a bounded number at a time."""
+    assert isinstance(code, Sparse)
+    row, column = code.coordinates()
+    columns = x.float().t().contiguous()  # [in, n]
+    y = columns.new_zeros(code.shape[0], x.shape[0])
+    step = max(1, SCRATCH // (4 * x.shape[0]))
+    for start in range(0, row.numel(), step):
+        part = slice(start, start + step)
+        products = columns[column[part]] * code.values[part].float()[:, None]
+        y.index_add_(0, row[part], products)
+    return y.t().to(x.dtype)

@@ -1,0 +1,276 @@
+"""Shards: safetensors files whose tensors lie in ranges that can be read and checked alone.
+
+A shard holds groups of tensors, one group a rung. Inside a group the tensors follow each other
+without gaps, widest dtype first, and a group starts at a multiple of 64 bytes, so that one read
+gives memory which every tensor of the rung can view in place. The gaps between groups are uint8
+tensors of their own (`pad.N`), because safetensors allows no holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pliant.errors import CorruptError
+
+ALIGNMENT = 64
+ADVICE = "copy the artifact again, or fit it again"
+_CHUNK = 1 << 20
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor inside an extent; offset in bytes from the extent's start."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A checked range of bytes of a shard file, and the tensors in it.
+
+    prefix: what stands before each tensor's name in the safetensors header.
+    """
+
+    shard: str
+    start: int
+    stop: int
+    sha256: str
+    prefix: str
+    tensors: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What identifies a finished shard file."""
+
+    nbytes: int
+    sha256: str
+    header_nbytes: int
+    header_sha256: str
+
+
+Group = tuple[str, Mapping[str, Tensor]]  # prefix, tensors
+
+
+def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Extent]]:
+    """Write `groups` to `path` through a temporary file, synced and renamed at the end.
+
+    Nothing is left behind when it fails.
+    """
+    header, parts = _lay_out([(prefix, dict(tensors)) for prefix, tensors in groups])
+    temporary = path.with_name(path.name + ".tmp")
+    whole = hashlib.sha256(header)
+    size = len(header)
+    extents = []
+    try:
+        with temporary.open("wb") as file:
+            file.write(header)
+            for padding, prefix, entries, tensors in parts:
+                filler = bytes(padding)
+                file.write(filler)
+                whole.update(filler)
+                start = size = size + padding
+                digest = hashlib.sha256()
+                for tensor in tensors:
+                    raw = _raw(tensor)
+                    file.write(raw)
+                    whole.update(raw)
+                    digest.update(raw)
+                    size += raw.nbytes
+                extents.append(
+                    Extent(path.name, start, size, digest.hexdigest(), prefix, tuple(entries))
+                )
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+    info = ShardInfo(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest())
+    return info, extents
+
+
+def read_extent(directory: Path, extent: Extent) -> dict[str, Tensor]:
+    """The tensors of `extent`, views into one new piece of memory that only they hold.
+
+    Raises CorruptError when the bytes are not those that were written.
+    """
+    buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+    view: memoryview = buffer.numpy().data
+    with _open(directory, extent) as file:
+        file.seek(extent.start)
+        done = 0
+        while done < extent.nbytes:  # one call reads at most 2 GiB
+            read = file.readinto(view[done:])
+            if not read:
+                raise _truncated(directory, extent.shard, extent.stop)
+            done += read
+    _compare(directory, extent, hashlib.sha256(view).hexdigest())
+    return {
+        entry.name: buffer[entry.offset : entry.offset + _size(entry)]
+        .view(_DTYPES[entry.dtype])
+        .view(entry.shape)
+        for entry in extent.tensors
+    }
+
+
+def check_extent(directory: Path, extent: Extent) -> None:
+    """Read `extent` piece by piece and raise CorruptError unless its checksum holds."""
+    digest, left = hashlib.sha256(), extent.nbytes
+    with _open(directory, extent) as file:
+        file.seek(extent.start)
+        while left:
+            piece = file.read(min(left, _CHUNK))
+            if not piece:
+                raise _truncated(directory, extent.shard, extent.stop)
+            digest.update(piece)
+            left -= len(piece)
+    _compare(directory, extent, digest.hexdigest())
+
+
+def check_size(directory: Path, name: str, info: ShardInfo) -> None:
+    """Raise CorruptError unless the shard is there with all its bytes."""
+    try:
+        found = (directory / name).stat().st_size
+    except OSError as error:
+        raise CorruptError(f"{directory / name} is missing ({error.strerror}); {ADVICE}") from None
+    if found < info.nbytes:
+        raise _truncated(directory, name, info.nbytes, found)
+    if found > info.nbytes:
+        raise CorruptError(
+            f"{directory / name} has {found} bytes, {info.nbytes} were expected; {ADVICE}"
+        )
+
+
+def check_header(directory: Path, name: str, info: ShardInfo) -> None:
+    """Raise CorruptError unless the shard's header is the one that was written."""
+    with (directory / name).open("rb") as file:
+        found = hashlib.sha256(file.read(info.header_nbytes)).hexdigest()
+    if found != info.header_sha256:
+        raise CorruptError(f"the header of {directory / name} fails its checksum; {ADVICE}")
+
+
+def check_whole(directory: Path, name: str, info: ShardInfo) -> None:
+    """Raise CorruptError unless every byte of the shard is the one that was written."""
+    check_size(directory, name, info)
+    with (directory / name).open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != info.sha256:
+        raise CorruptError(f"{directory / name} fails its checksum; {ADVICE}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut, where the system can."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def _lay_out(
+    groups: list[tuple[str, dict[str, Tensor]]],
+) -> tuple[bytes, list[tuple[int, str, list[Entry], list[Tensor]]]]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    parts = []
+    position = 0  # in the data section, which starts at a multiple of ALIGNMENT
+    for number, (prefix, tensors) in enumerate(groups):
+        padding = -position % ALIGNMENT
+        if padding:
+            header[f"pad.{number}"] = _describe("U8", (padding,), position, position + padding)
+        start = position = position + padding
+        order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+        entries = []
+        for name in order:
+            tensor = tensors[name]
+            dtype = _NAMES[tensor.dtype]
+            entries.append(Entry(name, dtype, tuple(tensor.shape), position - start))
+            stop = position + tensor.nbytes
+            header[prefix + name] = _describe(dtype, tensor.shape, position, stop)
+            position = stop
+        parts.append((padding, prefix, entries, [tensors[name] for name in order]))
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text, parts
+
+
+def _describe(dtype: str, shape: Iterable[int], start: int, stop: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    raw: memoryview = flat.view(torch.uint8).numpy().data
+    return raw
+
+
+def _size(entry: Entry) -> int:
+    count = 1
+    for extent in entry.shape:
+        count *= extent
+    return count * _DTYPES[entry.dtype].itemsize
+
+
+def _open(directory: Path, extent: Extent) -> FileIO:
+    try:
+        return (directory / extent.shard).open("rb", buffering=0)
+    except OSError as error:
+        raise CorruptError(
+            f"{directory / extent.shard} cannot be read ({error.strerror}); {ADVICE}"
+        ) from None
+
+
+def _compare(directory: Path, extent: Extent, found: str) -> None:
+    if found != extent.sha256:
+        raise CorruptError(
+            f"{directory / extent.shard} is damaged: the bytes of {extent.prefix.rstrip('.')} "
+            f"({extent.start} to {extent.stop}) fail their checksum; {ADVICE}"
+        )
+
+
+def _truncated(directory: Path, name: str, expected: int, found: int | None = None) -> CorruptError:
+    have = "" if found is None else f"it has {found} bytes, "
+    return CorruptError(
+        f"{directory / name} is truncated: {have}{expected} were expected; {ADVICE}"
+    )

@@ -1,0 +1,303 @@
+"""Writing an artifact piece by piece, so that an interrupted fit goes on where it stopped.
+
+While it grows it lives in `<out>.partial`: finished shards and `journal.json`, which records each
+of them with its checksum. `finish` assembles the artifact beside its final name and renames it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from pliant.codes import Code, from_tensors
+from pliant.errors import CorruptError, PliantError
+from pliant.ladder import document
+from pliant.ladder.output import (
+    check_output,
+    empty,
+    length,
+    link,
+    put_in_place,
+    recover,
+    told_when_full,
+    write_file,
+)
+from pliant.ladder.rung import Ladder, Rung
+from pliant.ladder.shard import (
+    Extent,
+    ShardInfo,
+    check_whole,
+    read_extent,
+    sync_directory,
+    write_shard,
+)
+
+JOURNAL = "journal.json"
+FIXED = "fixed"
+_ASSEMBLY = "artifact"
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A code that wants to be a rung."""
+
+    target: str
+    method: str
+    options: dict[str, Any]
+    code: Code
+    damage: float = 0.0
+
+
+@dataclass
+class _Finished:
+    """A journal entry: one shard and what is in it."""
+
+    info: ShardInfo
+    rungs: tuple[Rung, ...] = ()
+    fixed: Extent | None = None
+
+
+@dataclass
+class _Journal:
+    key: str
+    version: int = document.VERSION
+    shards: dict[str, _Finished] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+_JOURNALS: TypeAdapter[_Journal] = TypeAdapter(_Journal)
+
+
+class Writer:
+    """Collects shards in `<out>.partial`; one writer at a time for each `out`.
+
+    key: a fingerprint of everything that decides the shards' content (checkpoint, text, recipe,
+    seed). Work left by an earlier writer is taken up only when its key is the same.
+    """
+
+    def __init__(self, out: str | Path, key: str, overwrite: bool = False) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.overwrite = overwrite
+        self.directory = self.out.with_name(self.out.name + ".partial")
+        recover(self.out)
+        check_output(self.out, overwrite)
+        kept = self._read_journal()
+        with told_when_full(self.directory.parent, 0):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        if kept is None or kept.key != key or kept.version != document.VERSION:
+            empty(self.directory)
+            kept = _Journal(key)
+        self._journal = kept
+        self._drop_damaged()
+        self._save()
+
+    @property
+    def resumed(self) -> bool:
+        """Whether finished work of an earlier run was found."""
+        return bool(self._journal.shards or self._journal.state)
+
+    def has(self, shard: str) -> bool:
+        """Whether `shard` is finished."""
+        return _file_name(shard) in self._journal.shards
+
+    def rungs(self, shard: str) -> list[Rung]:
+        """The rungs in a finished shard."""
+        return list(self._journal.shards[_file_name(shard)].rungs)
+
+    def all_rungs(self) -> dict[str, list[Rung]]:
+        """Rungs of all finished shards by target, bytes rising."""
+        found: dict[str, list[Rung]] = {}
+        for _, finished in sorted(self._journal.shards.items()):
+            for rung in finished.rungs:
+                found.setdefault(rung.target, []).append(rung)
+        return found
+
+    def write(self, shard: str, proposals: Sequence[Proposal]) -> list[Rung]:
+        """Store `proposals` as shard `shard` ("block-00007", "outer"); replaces one of that name.
+
+        The rungs come back grouped by target, bytes rising, numbered from 0.
+        """
+        by_target: dict[str, list[Proposal]] = {}
+        for proposal in proposals:
+            by_target.setdefault(proposal.target, []).append(proposal)
+        order = [
+            (index, proposal)
+            for target in sorted(by_target)
+            for index, proposal in enumerate(
+                sorted(by_target[target], key=lambda p: (p.code.nbytes, p.method))
+            )
+        ]
+        groups = [(f"{p.target}@{index}.", p.code.tensors()) for index, p in order]
+        info, extents = self._write(_file_name(shard), groups)
+        rungs = tuple(
+            Rung(p.target, index, p.method, p.options, p.code.meta(), where.nbytes, p.damage, where)
+            for (index, p), where in zip(order, extents, strict=True)
+        )
+        self._journal.shards[_file_name(shard)] = _Finished(info, rungs)
+        self._save()
+        return list(rungs)
+
+    def write_fixed(self, tensors: Mapping[str, Tensor]) -> Extent:
+        """Store the tensors that every size holds, under their parameter names."""
+        info, extents = self._write(_file_name(FIXED), [("", tensors)])
+        self._journal.shards[_file_name(FIXED)] = _Finished(info, fixed=extents[0])
+        self._save()
+        return extents[0]
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes of the fixed tensors; they must have been written."""
+        return self._fixed().nbytes
+
+    def load_code(self, rung: Rung) -> Code:
+        """The code of a rung in a finished shard."""
+        return from_tensors(rung.meta, read_extent(self.directory, rung.where))
+
+    def state(self, name: str) -> Any:
+        """What `save_state` kept under `name`, in this run or the one it resumes; else None."""
+        return self._journal.state.get(name)
+
+    def save_state(self, name: str, value: Any) -> None:
+        """Keep a JSON value (measurements) for a run that resumes this one."""
+        self._journal.state[name] = value
+        self._save()
+
+    def finish(
+        self,
+        ladder: Ladder,
+        *,
+        files: Mapping[str, Path | bytes | str],
+        targets: Sequence[Mapping[str, Any]] = (),
+        budget: Mapping[str, int] | None = None,
+        recipe: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Path:
+        """Assemble the artifact and give it its name; the partial work goes.
+
+        ladder: rungs that came from `write`, perhaps fewer, renumbered, with their damage; those
+        that it leaves out take no disk. files: config.json, tokenizer files, recipe.yaml ...
+        """
+        stage = self.directory / _ASSEMBLY
+        needed = sum(length(content) for content in files.values())
+        try:
+            with told_when_full(self.directory, needed):
+                shutil.rmtree(stage, ignore_errors=True)
+                stage.mkdir()
+                rungs, shards = self._place_shards(ladder, stage)
+                made = document.Document(
+                    rungs=rungs,
+                    climb=ladder.climb,
+                    fixed=self._fixed(),
+                    shards=shards,
+                    start_damage=ladder.start_damage,
+                    targets=[dict(target) for target in targets],
+                    budget=dict(budget or {}),
+                    recipe=dict(recipe or {}),
+                    provenance=dict(provenance or {}),
+                )
+                for name, content in {**files, document.FILE_NAME: document.to_bytes(made)}.items():
+                    write_file(stage / name, content)
+                sync_directory(stage)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        with told_when_full(self.directory, 0):
+            put_in_place(stage, self.out, self.overwrite)
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return self.out
+
+    def discard(self) -> None:
+        """Throw the partial work away."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _place_shards(
+        self, ladder: Ladder, stage: Path
+    ) -> tuple[dict[str, tuple[Rung, ...]], dict[str, ShardInfo]]:
+        """Link whole shards into `stage`, rewrite those of which some rungs were left out."""
+        kept: dict[str, list[Rung]] = {}
+        for rungs in ladder.rungs.values():
+            for rung in rungs:
+                kept.setdefault(rung.where.shard, []).append(rung)
+        placed: dict[tuple[str, int], Rung] = {}
+        shards = {}
+        for name, finished in sorted(self._journal.shards.items()):
+            chosen = sorted(kept.pop(name, []), key=lambda rung: rung.where.start)
+            if finished.fixed is None and not chosen:
+                continue
+            if len(chosen) == len(finished.rungs):
+                link(self.directory / name, stage / name)
+                shards[name] = finished.info
+            else:
+                groups = (
+                    (rung.where.prefix, read_extent(self.directory, rung.where)) for rung in chosen
+                )
+                shards[name], extents = write_shard(stage / name, groups)
+                chosen = [
+                    dataclasses.replace(rung, where=where)
+                    for rung, where in zip(chosen, extents, strict=True)
+                ]
+            placed.update({(rung.target, rung.index): rung for rung in chosen})
+        if kept:
+            raise PliantError(f"the ladder has rungs in shards never written: {', '.join(kept)}")
+        return {
+            target: tuple(placed[target, rung.index] for rung in rungs)
+            for target, rungs in sorted(ladder.rungs.items())
+        }, shards
+
+    def _fixed(self) -> Extent:
+        finished = self._journal.shards.get(_file_name(FIXED))
+        if finished is None or finished.fixed is None:
+            raise PliantError("the fixed tensors have not been written; call write_fixed first")
+        return finished.fixed
+
+    def _write(
+        self, name: str, groups: Sequence[tuple[str, Mapping[str, Tensor]]]
+    ) -> tuple[ShardInfo, list[Extent]]:
+        needed = sum(tensor.nbytes for _, tensors in groups for tensor in tensors.values())
+        with told_when_full(self.directory, needed):
+            return write_shard(self.directory / name, groups)
+
+    def _read_journal(self) -> _Journal | None:
+        path = self.directory / JOURNAL
+        if not self.directory.exists():
+            return None
+        if not path.exists() and any(self.directory.iterdir()):
+            raise PliantError(
+                f"{self.directory} is in the way and holds no partial work of Pliant; move it"
+            )
+        try:
+            return _JOURNALS.validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def _drop_damaged(self) -> None:
+        for name, finished in list(self._journal.shards.items()):
+            try:
+                check_whole(self.directory, name, finished.info)
+            except CorruptError:
+                del self._journal.shards[name]
+
+    def _save(self) -> None:
+        fields = _JOURNALS.dump_python(self._journal, mode="json")
+        raw = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        with told_when_full(self.directory, len(raw)):
+            temporary = self.directory / (JOURNAL + ".tmp")
+            try:
+                write_file(temporary, raw)
+                os.replace(temporary, self.directory / JOURNAL)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+
+
+def _file_name(shard: str) -> str:
+    return f"{shard}.safetensors"

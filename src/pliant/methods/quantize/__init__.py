@@ -1,0 +1,1 @@
+"""Methods that store each weight in fewer bits."""

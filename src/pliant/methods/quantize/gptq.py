@@ -1,0 +1,133 @@
+"""GPTQ: round one input channel at a time and let the others make up for its error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pliant.codes import GroupInt
+from pliant.errors import PliantError
+from pliant.methods.catalog import method
+from pliant.methods.grid import Grid, fit_grid
+from pliant.observe import Statistics
+
+_BLOCK = 64
+_TILE_BYTES = 64 << 20
+
+
+@method(
+    "gptq",
+    kind="quantize",
+    paper="GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+    needs=("second_moment",),
+)
+def gptq(
+    weight: Tensor,  # [out, in]
+    statistics: Statistics,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    symmetric: bool = False,
+    act_order: bool = True,
+    damp: float = 0.01,
+    clip: bool = True,
+    scale_bits: int = 16,
+) -> GroupInt:
+    """Integers that minimise |(W - Q) X|^2 given the second moment H = X X^T of the inputs.
+
+    Columns are rounded in order of falling H_ii (`act_order`); each one's error is spread over
+    the columns still to come through the Cholesky factor of the damped inverse of H. Groups are
+    fixed on the original weight ("static groups"), so no permutation is stored. `damp` is a
+    share of H's mean diagonal. `clip` searches each group's range for the least H-weighted
+    error. Cost: O(in^3) once and O(out in^2) a bit width. Source: Frantar et al.
+    """
+    if statistics.second_moment is None:
+        raise PliantError("gptq needs the second moment of its inputs; observe it first")
+    moment = statistics.second_moment
+    grid = fit_grid(
+        weight,
+        bits,
+        group_size,
+        symmetric=symmetric,
+        importance=moment.diagonal() if clip else None,
+        clip=clip,
+        scale_bits=scale_bits,
+    )
+    factor, order = inverse_factor(moment, damp=damp, act_order=act_order)
+    return grid.pack(round_with_feedback(weight, grid, factor, order))
+
+
+def inverse_factor(
+    moment: Tensor, *, damp: float = 0.01, act_order: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(U, order): U is upper triangular with U^T U = (H + damping)^-1, H in `order`. [in, in], [in]
+
+    Channels that never fired get a unit diagonal. The damping grows tenfold, up to five times,
+    while H is not positive definite. PliantError when it never becomes so.
+    """
+    diagonal = moment.diagonal()
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(len(diagonal), device=moment.device)
+    )
+    h = moment[order][:, order].float()
+    dead = h.diagonal() <= 0
+    h.diagonal()[dead] = 1.0
+    mean = float(h.diagonal().mean())
+    for attempt in range(6):
+        damped = h.clone()
+        damped.diagonal().add_(mean * damp * 10**attempt)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            del damped
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if int(failed) == 0:
+                return upper, order
+    raise PliantError("the inputs' second moment is not positive definite; use more text")
+
+
+def round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor) -> Tensor:
+    """Integers [out, in] uint8 of `weight` on `grid`, errors fed forward in `order`."""
+    out, width = weight.shape
+    integers = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
+    tile = max(64, _TILE_BYTES // (4 * width))
+    for start in range(0, out, tile):
+        rows = slice(start, min(start + tile, out))
+        columns = weight[rows].float().t()[order].contiguous()  # [in, tile]
+        chosen = _round_tile(columns, grid, rows, factor, order)
+        integers[rows] = chosen[torch.argsort(order)].t()
+    return integers
+
+
+def _round_tile(
+    columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order: Tensor
+) -> Tensor:
+    """Round `columns` [in, rows] (overwritten) in order; returns the integers [in, rows] uint8."""
+    width = columns.shape[0]
+    size = width if grid.group_size <= 0 else grid.group_size
+    scales = grid.scales[rows].t().contiguous()  # [groups, rows]
+    zeros = grid.zeros[rows].t().contiguous()
+    inverses = 1.0 / scales.clamp_min(1e-12)
+    group = (order // size).tolist()
+    diagonal = factor.diagonal().tolist()
+    chosen = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    errors = torch.empty_like(columns[:_BLOCK])
+    for begin in range(0, width, _BLOCK):
+        end = min(begin + _BLOCK, width)
+        for i in range(begin, end):
+            g = group[i]
+            column = columns[i]
+            q = torch.addcmul(zeros[g], column, inverses[g]).round_().clamp_(0, grid.top)
+            chosen[i] = q
+            error = torch.sub(column, q.sub_(zeros[g]).mul_(scales[g]), out=errors[i - begin])
+            error.div_(diagonal[i])
+            if i + 1 < end:
+                columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
+        if end < width:
+            columns[end:].addmm_(
+                factor[begin:end, end:].t(), errors[: end - begin], alpha=-1.0
+            )
+    return chosen

@@ -1,0 +1,1 @@
+"""Methods that mend what another method damaged."""

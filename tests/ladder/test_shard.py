@@ -1,0 +1,83 @@
+"""Shards are safetensors files, read in parts that are checked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pliant.errors import CorruptError
+from pliant.ladder.shard import check_extent, read_extent, write_shard
+
+GROUPS = [
+    ("a@0.", {"q": torch.arange(13, dtype=torch.uint8), "s": torch.randn(3, 2).half()}),
+    ("a@1.", {"q": torch.randn(5), "i": torch.arange(3), "empty": torch.zeros(0, 4).bfloat16()}),
+    ("b@0.", {"flag": torch.tensor([True, False]), "scalar": torch.tensor(2.5)}),
+]
+
+
+def test_groups_come_back_bit_for_bit(tmp_path):
+    info, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    assert (tmp_path / "x.safetensors").stat().st_size == info.nbytes
+    for (_, tensors), extent in zip(GROUPS, extents, strict=True):
+        found = read_extent(tmp_path, extent)
+        assert found.keys() == tensors.keys()
+        assert extent.start % 64 == 0
+        assert extent.nbytes == sum(t.nbytes for t in tensors.values())
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
+
+
+def test_other_tools_can_read_a_shard(tmp_path):
+    write_shard(tmp_path / "x.safetensors", GROUPS)
+    found = load_file(tmp_path / "x.safetensors")
+    for prefix, tensors in GROUPS:
+        for name, tensor in tensors.items():
+            assert torch.equal(found[prefix + name], tensor)
+
+
+def test_an_extent_owns_its_memory_and_no_more(tmp_path):
+    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    found = read_extent(tmp_path, extents[0])
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found.values()
+    }
+    assert list(storages.values()) == [extents[0].nbytes]
+
+
+def test_the_same_tensors_give_the_same_bytes(tmp_path):
+    write_shard(tmp_path / "x.safetensors", GROUPS)
+    write_shard(tmp_path / "y.safetensors", [(p, dict(reversed(t.items()))) for p, t in GROUPS])
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+
+
+def test_only_the_damaged_range_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    _, extents = write_shard(path, GROUPS)
+    raw = bytearray(path.read_bytes())
+    raw[extents[1].start + 7] ^= 16
+    path.write_bytes(raw)
+    read_extent(tmp_path, extents[0])
+    for read in (read_extent, check_extent):
+        with pytest.raises(CorruptError, match="a@1"):
+            read(tmp_path, extents[1])
+
+
+def test_an_interruption_leaves_the_old_file(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_shard(path, GROUPS[:1])
+    before = path.read_bytes()
+
+    class Cut(dict):
+        def __iter__(self):
+            raise KeyboardInterrupt
+
+    def groups():
+        yield GROUPS[1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(path, groups())
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
