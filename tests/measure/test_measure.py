@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pliant.measure import Reference, measure, speed
-from tests.measure.test_text import Bytes
+from tests.observe.test_text import Bytes
 
 KEYS = {
     "kl", "kl_ci95", "perplexity", "perplexity_original", "top1", "weight_bytes", "tokens",

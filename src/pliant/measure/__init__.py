@@ -9,7 +9,7 @@ from torch import Tensor
 from pliant.measure.damage import Damage, Progress, Reference, Score
 from pliant.measure.memory import growth_of, peak_resident_bytes, resident_bytes, tensor_bytes
 from pliant.measure.speed import Speed, speed
-from pliant.measure.text import WINDOW, load_text, split, windows
+from pliant.observe.text import WINDOW, load_text, split, windows
 
 __all__ = [
     "WINDOW",

@@ -117,8 +117,9 @@ def _affine(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tens
     if symmetric:
         if bits == 1:  # the two levels are -scale/2 and +scale/2
             return (high - low).clamp_min(1e-8), torch.full_like(low, 0.5)
-        zero = float(1 << (bits - 1))
-        return (high / (zero - 1) if bits > 1 else high).clamp_min(1e-8), torch.full_like(low, zero)
+        middle = float(1 << (bits - 1))
+        half = high / (middle - 1)
+        return half.clamp_min(1e-8), torch.full_like(low, middle)
     scale = ((high - low) / top).clamp_min(1e-8)
     zero = torch.round(-low / scale).clamp_(0, top)
     return scale, zero

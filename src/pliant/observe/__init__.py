@@ -1,5 +1,19 @@
 """Calibration text and the statistics that a pass over it leaves."""
 
+from pliant.observe.calibration import choose_windows, digest, write_text
 from pliant.observe.statistics import Statistics
+from pliant.observe.sweep import Observation, Sweep
+from pliant.observe.text import WINDOW, load_text, split, windows
 
-__all__ = ["Statistics"]
+__all__ = [
+    "WINDOW",
+    "Observation",
+    "Statistics",
+    "Sweep",
+    "choose_windows",
+    "digest",
+    "load_text",
+    "split",
+    "windows",
+    "write_text",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -16,8 +17,62 @@ class Statistics:
     """
 
     tokens: int = 0
-    second_moment: Tensor | None = None  # [in, in] mean of x x^T, weighted by |g|^2 if asked
+    second_moment: Tensor | None = None  # [in, in] mean of x x^T, tokens weighted by |g|^2
     input_max: Tensor | None = None  # [in] largest |x|
     output_max: Tensor | None = None  # [out] largest |W x|
     fisher: Tensor | None = None  # [out, in] mean of (g x)^2: the diagonal Fisher information
     output_moment: Tensor | None = None  # [out] mean of g^2
+
+
+FIELDS = frozenset({"second_moment", "input_max", "output_max", "fisher", "output_moment"})
+
+
+class Accumulator:
+    """Sums one target's statistics over batches of its (x, y, g)."""
+
+    def __init__(self, needs: frozenset[str], weighted: bool) -> None:
+        self._needs = needs
+        self._weighted = weighted
+        self._tokens = 0
+        self._weight = 0.0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, x: Tensor, y: Tensor, g: Tensor) -> None:
+        """x [n, in], y [n, out], g [n, out]: the gradient at y."""
+        self._tokens += len(x)
+        squared = g.square()
+        if "second_moment" in self._needs:
+            # Tokens whose output matters to the likelihood count for more: with weights |g|^2
+            # the layer's error is the loss's second-order change under a block-diagonal Fisher.
+            weight = squared.sum(1, keepdim=True) if self._weighted else torch.ones(len(x), 1)
+            self._weight += float(weight.sum())
+            self._add("second_moment", (x * weight).t() @ x)
+        if "fisher" in self._needs:
+            self._add("fisher", squared.t() @ x.square())
+        if "output_moment" in self._needs:
+            self._add("output_moment", squared.sum(0))
+        if "input_max" in self._needs:
+            self._raise("input_max", x.abs().amax(0))
+        if "output_max" in self._needs:
+            self._raise("output_max", y.abs().amax(0))
+
+    def result(self) -> Statistics:
+        """The means; an accumulator that saw no token gives empty statistics."""
+        if not self._tokens:
+            return Statistics()
+        for name in ("fisher", "output_moment"):
+            if name in self._sums:
+                self._sums[name].div_(self._tokens)
+        if "second_moment" in self._sums:
+            self._sums["second_moment"].div_(max(self._weight, 1e-30))
+        return Statistics(tokens=self._tokens, **self._sums)
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name].add_(value)
+        else:
+            self._sums[name] = value
+
+    def _raise(self, name: str, value: Tensor) -> None:
+        known = self._sums.get(name)
+        self._sums[name] = value if known is None else torch.maximum(known, value)

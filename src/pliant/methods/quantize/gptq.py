@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,10 @@ from pliant.observe import Statistics
 
 _BLOCK = 64
 _TILE_BYTES = 64 << 20
+
+# Rungs of one target share their statistics, and so the factor, which costs O(in^3).
+_FACTORS: WeakKeyDictionary[Statistics, dict[tuple[float, bool], tuple[Tensor, Tensor]]]
+_FACTORS = WeakKeyDictionary()
 
 
 @method(
@@ -29,7 +35,7 @@ def gptq(
     group_size: int = 64,
     symmetric: bool = False,
     act_order: bool = True,
-    damp: float = 0.01,
+    damp: float = 0.1,
     clip: bool = True,
     scale_bits: int = 16,
 ) -> GroupInt:
@@ -53,7 +59,11 @@ def gptq(
         clip=clip,
         scale_bits=scale_bits,
     )
-    factor, order = inverse_factor(moment, damp=damp, act_order=act_order)
+    kept = _FACTORS.setdefault(statistics, {})
+    if (damp, act_order) not in kept:
+        kept.clear()
+        kept[damp, act_order] = inverse_factor(moment, damp=damp, act_order=act_order)
+    factor, order = kept[damp, act_order]
     return grid.pack(round_with_feedback(weight, grid, factor, order))
 
 
@@ -65,27 +75,22 @@ def inverse_factor(
     Channels that never fired get a unit diagonal. The damping grows tenfold, up to five times,
     while H is not positive definite. PliantError when it never becomes so.
     """
-    diagonal = moment.diagonal()
-    order = (
-        torch.argsort(diagonal, descending=True, stable=True)
-        if act_order
-        else torch.arange(len(diagonal), device=moment.device)
-    )
+    order = torch.arange(len(moment), device=moment.device)
+    if act_order:
+        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
     h = moment[order][:, order].float()
-    dead = h.diagonal() <= 0
-    h.diagonal()[dead] = 1.0
-    mean = float(h.diagonal().mean())
+    diagonal = h.diagonal()  # a view: damping is added in place, h is large
+    diagonal[diagonal <= 0] = 1.0
+    plain, mean = diagonal.clone(), float(diagonal.mean())
     for attempt in range(6):
-        damped = h.clone()
-        damped.diagonal().add_(mean * damp * 10**attempt)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(plain).add_(mean * damp * 10**attempt)
+        lower, failed = torch.linalg.cholesky_ex(h)
+        if int(failed):
+            continue
+        lower = torch.cholesky_inverse(lower)
+        upper, failed = torch.linalg.cholesky_ex(lower, upper=True)
         if int(failed) == 0:
-            del damped
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if int(failed) == 0:
-                return upper, order
+            return upper, order
     raise PliantError("the inputs' second moment is not positive definite; use more text")
 
 
@@ -102,9 +107,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tenso
     return integers
 
 
-def _round_tile(
-    columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order: Tensor
-) -> Tensor:
+def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order: Tensor) -> Tensor:
     """Round `columns` [in, rows] (overwritten) in order; returns the integers [in, rows] uint8."""
     width = columns.shape[0]
     size = width if grid.group_size <= 0 else grid.group_size
@@ -127,7 +130,5 @@ def _round_tile(
             if i + 1 < end:
                 columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
         if end < width:
-            columns[end:].addmm_(
-                factor[begin:end, end:].t(), errors[: end - begin], alpha=-1.0
-            )
+            columns[end:].addmm_(factor[begin:end, end:].t(), errors[: end - begin], alpha=-1.0)
     return chosen

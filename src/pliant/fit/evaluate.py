@@ -1,0 +1,63 @@
+"""The damage of a whole model, given a rung for each target, streamed layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from pliant.codes import Code
+from pliant.model import StreamedModel, Target
+
+_LOGITS_BYTES = 256 << 20
+
+
+class Evaluator:
+    """Scores allocations on token ids [B, T]: mean KL in nats over every `stride`-th position.
+
+    The original's log-probabilities are kept, so the stride grows with the vocabulary.
+    """
+
+    def __init__(self, model: StreamedModel, ids: Tensor) -> None:
+        self._model = model
+        self._ids = ids
+        vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._stride = -(-ids.numel() * vocabulary * 4 // _LOGITS_BYTES)
+        self._original = [part.log_softmax(-1) for part in self._logits()]
+
+    def damage(self, code_of: Callable[[Target], Code | None]) -> float:
+        """Nats a token when every target has the code that `code_of` gives (None: as it was)."""
+
+        def weight(target: Target) -> Tensor | None:
+            code = code_of(target)
+            return None if code is None else code.decode(torch.float32)
+
+        total, count = 0.0, 0
+        with self._model.substitute(weight):
+            for original, logits in zip(self._original, self._logits(), strict=True):
+                for p, q in zip(original.split(128), logits.split(128), strict=True):
+                    q = q.log_softmax(-1)
+                    total += float(
+                        torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)
+                    )
+                    count += len(p)
+        return max(total / count, 0.0)
+
+    def _logits(self) -> list[Tensor]:
+        """Float32 logits [positions, V] of each sequence."""
+        hidden = self._model.capture(self._ids)[:, :: self._stride]
+        with torch.no_grad():
+            return [self._model.tail(part)[0].float() for part in torch.split(hidden, 1)]
+
+
+def code_lookup(
+    allocation: Mapping[str, int], load: Callable[[str, int], Code]
+) -> Callable[[Target], Code | None]:
+    """`code_of` for an allocation of rungs that `load(target, rung)` reads."""
+
+    def code_of(target: Target) -> Code | None:
+        index = allocation.get(target.name)
+        return None if index is None else load(target.name, index)
+
+    return code_of

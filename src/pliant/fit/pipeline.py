@@ -1,0 +1,375 @@
+"""`fit`: a checkpoint and a budget become an artifact that holds every size."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pliant.budget import Budget, format_size, parse_size
+from pliant.errors import BudgetError, PliantError
+from pliant.fit.build import build_rungs, estimate_nbytes
+from pliant.fit.evaluate import Evaluator
+from pliant.fit.planning import distinct, make_ladder, measure_samples
+from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
+from pliant.ladder import Artifact, Proposal, Writer, check_output
+from pliant.ladder.live import Plan, plan_opening
+from pliant.model import StreamedModel, Target, open_checkpoint
+from pliant.observe import (
+    Observation,
+    Sweep,
+    choose_windows,
+    digest,
+    load_text,
+    windows,
+    write_text,
+)
+from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weights_budget
+
+Progress = Callable[[str, int, int], None]  # stage, done, of
+
+_RESIDENT_BYTES = 1 << 30  # of weights in float32: so much is kept between passes
+_COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
+           "generation_config", "config.json", "LICENSE")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What `fit` made, or with `dry_run` would make.
+
+    planned_bytes: everything that the model holds when it runs in the budget. damage: predicted,
+    nats a token. smallest_bytes and largest_bytes: weights at the ladder's ends.
+    """
+
+    path: Path | None
+    budget_bytes: int
+    planned_bytes: int
+    breakdown: Breakdown
+    damage: float | None
+    bits: float
+    targets: int
+    rungs: int
+    smallest_bytes: int
+    largest_bytes: int
+    original_bytes: int
+    note: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        found = dataclasses.asdict(self)
+        found["path"] = None if self.path is None else str(self.path)
+        return found
+
+
+def fit(
+    source: str | Path,
+    memory: int | str,
+    out: str | Path | None = None,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    text: str | Path | None = None,
+    recipe: Recipe | str | Path | None = None,
+    effort: str = "normal",
+    seed: int = 0,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> FitResult:
+    """Squeeze the model `source` into `memory` bytes and write the artifact `out`.
+
+    source: a Hugging Face directory, a hub id, a .gguf file, or "smollm2". memory: everything
+    that the running model holds at `context` tokens and `batch` sequences. text: calibration
+    text, a file or data set; without it the model writes its own from `seed`. An interrupted run
+    goes on when it is called again with the same arguments. Raises PliantError and its kinds.
+    """
+    budget = Budget(parse_size(memory), context, batch)
+    if out is None and not dry_run:
+        raise PliantError("fit needs an output directory (out=..., on the command line -o DIR)")
+    if out is not None and not dry_run:
+        check_output(out, overwrite)
+    report = progress or (lambda stage, done, of: None)
+    checkpoint = open_checkpoint(
+        source,
+        trust_remote_code=trust_remote_code,
+        progress=lambda what, d, of: report(what, d, of),
+    )
+    base = default_recipe(effort, text=None if text is None else str(text), seed=seed)
+    if isinstance(recipe, Recipe):
+        base = recipe
+    elif recipe is not None:
+        base = read_recipe(recipe, base)
+    room = weights_budget(checkpoint.config, budget)
+    note = ""
+    if room >= checkpoint.nbytes:
+        note = (
+            f"the original fits: its weights take {format_size(checkpoint.nbytes)} and "
+            f"{format_size(room)} are there for them, so it is kept as it is"
+        )
+        base = base.model_copy(update={"rules": (Rule(rungs=(RungSpec(method=KEEP),)),)})
+    model = StreamedModel(
+        checkpoint, resident=checkpoint.nbytes * 4 // checkpoint.dtype.itemsize <= _RESIDENT_BYTES
+    )
+    job = _Job(model, base, report)
+    job.check(budget, room)
+    if dry_run:
+        return job.preview(budget, room, note)
+    assert out is not None
+    return job.run(Path(out), budget, overwrite, note)
+
+
+class _Job:
+    """The stages of one fit, in order."""
+
+    def __init__(self, model: StreamedModel, recipe: Recipe, report: Progress) -> None:
+        self.model = model
+        self.recipe = recipe
+        self.report = report
+        self.specs = {t.name: recipe.rungs(t) for t in model.targets}
+        for specs in self.specs.values():
+            for spec in specs:
+                spec.check()
+        self.fixed = sum(tensor.nbytes for _, tensor in model.others())
+
+    # What can be known before any work
+
+    def _estimates(self) -> dict[str, list[int]]:
+        size = self.model.checkpoint.dtype.itemsize
+        return {
+            t.name: sorted(estimate_nbytes(t, s, size) for s in self.specs[t.name])
+            for t in self.model.targets
+        }
+
+    def check(self, budget: Budget, room: int) -> None:
+        """Refuse at once a budget below the smallest size that the recipe allows."""
+        smallest = self.fixed + sum(sizes[0] for sizes in self._estimates().values())
+        if smallest > room:
+            least = budget.memory - room + smallest
+            raise BudgetError(
+                f"{format_size(budget.memory)} is below the smallest size: with a context of "
+                f"{budget.context} and a batch of {budget.batch} this model takes at least "
+                f"{format_size(least)} ({least} bytes), {format_size(smallest)} of it weights; "
+                "raise --memory, or lower --context or --batch"
+            )
+
+    def preview(self, budget: Budget, room: int, note: str) -> FitResult:
+        """What a run would give, by estimate; nothing is read or written."""
+        estimates = self._estimates()
+        low = self.fixed + sum(sizes[0] for sizes in estimates.values())
+        high = self.fixed + sum(sizes[-1] for sizes in estimates.values())
+        used = min(room, high)
+        config = self.model.config
+        outer = [t for t in self.model.targets if t.block is None]
+        numbers = sum(t.shape[0] * t.shape[1] for t in self.model.targets)
+        share = sum(t.shape[0] * t.shape[1] for t in outer) / numbers
+        embeddings = int((used - self.fixed) * share)
+        cache = kv_cache_bytes(config, budget.context, budget.batch)
+        activations = activation_bytes(config, budget.context, budget.batch)
+        breakdown = Breakdown(
+            used - embeddings, embeddings, cache, activations,
+            budget.memory - used - cache - activations,
+        )  # fmt: skip
+        return FitResult(
+            None, budget.memory, breakdown.total, breakdown, None, 8 * used / numbers,
+            len(estimates), sum(map(len, estimates.values())), low, high,
+            self.model.checkpoint.nbytes, note,
+        )  # fmt: skip
+
+    # The work
+
+    def run(self, out: Path, budget: Budget, overwrite: bool, note: str) -> FitResult:
+        calibrated = any(len(specs) > 1 or specs[0].needs() for specs in self.specs.values())
+        text = None
+        if calibrated and self.recipe.calibration.text is not None:
+            text = self._windows(self.recipe.calibration.text)
+        writer = Writer(out, self._key(text), overwrite)
+        work = writer.directory / "work"
+        work.mkdir(exist_ok=True)
+        if not writer.has("fixed"):
+            writer.write_fixed(dict(self.model.others()))
+        ids = self._calibration(work, text) if calibrated else torch.zeros(0, 2, dtype=torch.long)
+        split = min(self.recipe.search.sequences, max(len(ids) - 1, 0))
+        held_out, ids = ids[:split], ids[split:]
+        self._build(writer, work, ids)
+        rungs = distinct(writer.all_rungs())
+        samples = measure_samples(
+            writer, lambda: Evaluator(self.model, held_out), rungs, self.model.targets,
+            self.recipe.search.measurements if len(held_out) else 0,
+            seed=self.recipe.seed, progress=lambda d, of: self.report("measuring", d, of),
+        )  # fmt: skip
+        ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        self.report("writing", 0, 1)
+        path = writer.finish(
+            ladder,
+            files=self._files(),
+            targets=[dataclasses.asdict(t) for t in self.model.targets],
+            budget={"memory": budget.memory, "context": budget.context, "batch": budget.batch},
+            recipe=self.recipe.as_dict(),
+            provenance={
+                "model": self.model.checkpoint.fingerprint(),
+                "original_bytes": self.model.checkpoint.nbytes,
+                "calibration": {"sequences": len(ids), "digest": digest(ids)},
+                "correction": dataclasses.asdict(correction),
+                "samples": len(samples),
+            },
+        )
+        self.report("writing", 1, 1)
+        return summary(path, note)
+
+    def _key(self, text: Tensor | None) -> str:
+        """What decides the rungs and their order; the budget does not."""
+        parts = {
+            "model": self.model.checkpoint.fingerprint(),
+            "recipe": self.recipe.as_dict(),
+            "text": None if text is None else digest(text),
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    def _windows(self, source: str) -> Tensor:
+        settings = self.recipe.calibration
+        found = windows(load_text(source), self.model.checkpoint.tokenizer(), settings.length)
+        wanted = settings.sequences + self.recipe.search.sequences
+        return choose_windows(found, wanted, seed=self.recipe.seed)
+
+    def _calibration(self, work: Path, text: Tensor | None) -> Tensor:
+        path = work / "calibration.safetensors"
+        if path.exists():
+            kept: Tensor = load_file(path)["ids"]
+            return kept
+        if text is None:
+            settings = self.recipe.calibration
+            text = write_text(
+                self._resident(),
+                settings.sequences + self.recipe.search.sequences,
+                settings.length,
+                seed=self.recipe.seed,
+                progress=lambda d, of: self.report("writing text", d, of),
+            )
+        temporary = path.with_suffix(".tmp")
+        save_file({"ids": text.contiguous()}, temporary)
+        temporary.replace(path)
+        return text
+
+    def _resident(self) -> StreamedModel:
+        """A model whose layers all stay in memory, if that can be."""
+        if self.model.resident:
+            return self.model
+        checkpoint = self.model.checkpoint
+        if 2 * checkpoint.nbytes > psutil.virtual_memory().available:
+            return self.model
+        return StreamedModel(checkpoint, dtype=torch.bfloat16, resident=True)
+
+    def _build(self, writer: Writer, work: Path, ids: Tensor) -> None:
+        """Every shard of rungs, from the last layer to the first."""
+        blocks = len(self.model.blocks)
+        outer = [t for t in self.model.targets if t.block is None]
+        shards = [f"block-{i:05d}" for i in range(blocks)]
+        names = [*shards, *(["outer"] if outer else [])]
+        if all(writer.has(name) for name in names):
+            return
+        if not len(ids):
+            for index, name in enumerate(names):
+                block = index if index < blocks else None
+                seen = [_unseen(t) for t in self.model.targets if t.block == block]
+                self._write(writer, name, seen)
+                self.report("storing", index + 1, len(names))
+            return
+        sweep = Sweep(
+            self.model, ids, work, needs=self._needs(), weighted=self.recipe.weighted,
+            seed=self.recipe.seed,
+        )  # fmt: skip
+        if not sweep.forwarded():
+            sweep.forward(lambda d, of: self.report("reading text", d, of))
+        total = len(self.model.targets)
+        done = sum(len({r.target for r in writer.rungs(n)}) for n in names if writer.has(n))
+        self.report("building rungs", done, total)
+        start, gradient = self._gradient(work, blocks)
+        heads: list[Observation] = []
+        if gradient is None or (outer and not writer.has("outer")):
+            heads, top = sweep.outer()
+            if gradient is None:
+                gradient = top
+        for index in range(start - 1, -1, -1):
+            fresh = not writer.has(shards[index])
+            seen, gradient = sweep.block(index, gradient, observe=fresh)
+            if fresh:
+                self._write(writer, shards[index], seen, done)
+                done += len(seen)
+            self._save_gradient(work, index, gradient)
+        if not writer.has("outer") and outer:
+            sweep.look_ups(heads, gradient)
+            self._write(writer, "outer", heads, done)
+        sweep.forget()
+
+    def _write(
+        self, writer: Writer, shard: str, seen: list[Observation], done: int | None = None
+    ) -> None:
+        proposals: list[Proposal] = []
+        while seen:
+            observation = seen.pop(0)  # its statistics go as soon as its rungs are made
+            proposals += build_rungs(self.model, observation, self.specs[observation.target.name])
+            if done is not None:
+                done += 1
+                self.report("building rungs", done, len(self.model.targets))
+        writer.write(shard, proposals)
+
+    def _needs(self) -> Mapping[str, frozenset[str]]:
+        return {n: frozenset().union(*(s.needs() for s in own)) for n, own in self.specs.items()}
+
+    def _gradient(self, work: Path, blocks: int) -> tuple[int, Tensor | None]:
+        """The lowest layer whose input's gradient is on disk, and that gradient."""
+        for index in range(blocks):
+            path = work / f"gradient-{index:05d}.safetensors"
+            if path.exists():
+                return index, load_file(path)["gradient"]
+        return blocks, None
+
+    def _save_gradient(self, work: Path, index: int, gradient: Tensor) -> None:
+        path = work / f"gradient-{index:05d}.safetensors"
+        temporary = path.with_suffix(".tmp")
+        save_file({"gradient": gradient}, temporary)
+        temporary.replace(path)
+        for older in work.glob("gradient-*.safetensors"):
+            if older != path:
+                older.unlink()
+
+    def _files(self) -> dict[str, Path | bytes | str]:
+        files: dict[str, Path | bytes | str] = {
+            path.name: path
+            for path in sorted(self.model.checkpoint.directory.iterdir())
+            if path.is_file() and path.name.startswith(_COPIED)
+        }
+        return {**files, "recipe.yaml": self.recipe.to_yaml()}
+
+
+def _unseen(target: Target) -> Observation:
+    from pliant.observe import Statistics
+
+    return Observation(target, Statistics())
+
+
+def summary(path: str | Path, note: str = "") -> FitResult:
+    """The FitResult of an artifact on disk, at the budget that it was fitted for."""
+    artifact = Artifact.open(path)
+    plan: Plan = plan_opening(artifact)
+    ladder = artifact.ladder
+    damage = ladder.start_damage
+    for size, after in ladder.frontier():
+        if size <= plan.weight_bytes:
+            damage = after
+    numbers = sum(t["shape"][0] * t["shape"][1] for t in artifact.targets)
+    return FitResult(
+        Path(path), plan.memory or plan.planned_bytes, plan.planned_bytes, plan.breakdown, damage,
+        8 * plan.weight_bytes / numbers, len(ladder.rungs),
+        sum(len(rungs) for rungs in ladder.rungs.values()), ladder.smallest_bytes,
+        ladder.largest_bytes, int(artifact.provenance.get("original_bytes", 0)), note,
+    )  # fmt: skip

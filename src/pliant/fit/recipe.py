@@ -1,0 +1,197 @@
+"""Recipes: which rungs each target gets, from what text, measured how often. Plain YAML."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from pliant.errors import RecipeError
+from pliant.methods import MethodInfo, find
+from pliant.model import Target
+
+KEEP = "keep"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RungSpec(_Strict):
+    """One rung: a method of the catalog and its options. "keep" stores the original as it is."""
+
+    method: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        """`{method: gptq, bits: 3}` for `{method: gptq, options: {bits: 3}}`."""
+        if isinstance(value, str):
+            return {"method": value}
+        if isinstance(value, dict) and "options" not in value:
+            options = {k: v for k, v in value.items() if k != "method"}
+            return {"method": value.get("method"), "options": options}
+        return value
+
+    def info(self) -> MethodInfo:
+        return find(self.method)
+
+    def needs(self) -> frozenset[str]:
+        """Statistics that the method, and the one under it for a repair, must have."""
+        if self.method == KEEP:
+            return frozenset()
+        found = frozenset(self.info().needs)
+        base = self.options.get("base", self.info().options.get("base"))
+        return found | (frozenset(find(base).needs) if isinstance(base, str) else frozenset())
+
+    def check(self) -> None:
+        """Raise RecipeError for a method or an option that does not exist."""
+        if self.method == KEEP:
+            if self.options:
+                raise RecipeError(f"keep takes no options, not {sorted(self.options)}")
+            return
+        known = dict(self.info().options)
+        base = self.options.get("base", known.get("base"))
+        if isinstance(base, str):
+            known |= find(base).options
+        unknown = sorted(set(self.options) - set(known))
+        if unknown:
+            raise RecipeError(
+                f"{self.method} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
+            )
+
+    def flat(self) -> dict[str, Any]:
+        return {"method": self.method, **self.options}
+
+
+class Rule(_Strict):
+    """The rungs of every target whose name matches `targets` (shell patterns) and `kind`."""
+
+    targets: str = "*"
+    kind: Literal["linear", "expert", "embedding", "head"] | None = None
+    rungs: tuple[RungSpec, ...] = Field(min_length=1)
+
+    def matches(self, target: Target) -> bool:
+        kind = self.kind is None or target.kind == self.kind
+        # Brackets in a name are a row slice or an expert, never a character class.
+        pattern = self.targets.replace("[", "[[]")
+        return kind and fnmatchcase(target.name, pattern)
+
+
+class Calibration(_Strict):
+    """text: a file or data set; None: the model writes its own. Windows of `length` tokens."""
+
+    text: str | None = None
+    sequences: int = Field(default=16, ge=1)
+    length: int = Field(default=512, ge=2)
+
+
+class Search(_Strict):
+    """How many whole models are measured to correct predicted damage, each on `sequences`."""
+
+    measurements: int = Field(default=20, ge=0)
+    sequences: int = Field(default=2, ge=1)
+
+
+class Recipe(_Strict):
+    """Everything that decides an artifact's bytes, beside the model, the text and the budget.
+
+    weighted: second moments weigh each token by the likelihood's squared gradient at the output.
+    rules: the first one that matches a target decides.
+    """
+
+    version: Literal[1] = 1
+    seed: int = 0
+    weighted: bool = True
+    calibration: Calibration = Calibration()
+    search: Search = Search()
+    rules: tuple[Rule, ...] = ()
+
+    def rungs(self, target: Target) -> tuple[RungSpec, ...]:
+        """The rungs of one target; RecipeError when no rule matches it."""
+        for rule in self.rules:
+            if rule.matches(target):
+                return rule.rungs
+        raise RecipeError(f"no rule of the recipe matches {target.name}; end with targets: '*'")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        found = self.model_dump()
+        found["rules"] = [
+            {
+                "targets": rule.targets,
+                **({"kind": rule.kind} if rule.kind else {}),
+                "rungs": [spec.flat() for spec in rule.rungs],
+            }
+            for rule in self.rules
+        ]
+        return found
+
+
+Effort = Literal["quick", "normal", "best"]
+_EFFORTS: dict[str, tuple[Calibration, Search]] = {
+    "quick": (Calibration(sequences=8), Search(measurements=8, sequences=1)),
+    "normal": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
+    "best": (Calibration(sequences=96), Search(measurements=64, sequences=6)),
+}
+
+
+def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
+    return RungSpec(
+        method="gptq",
+        options={"bits": bits, "group_size": group_size, "scale_bits": scale_bits},
+    )
+
+
+def default_recipe(effort: str = "normal", *, text: str | None = None, seed: int = 0) -> Recipe:
+    """What `fit` uses when nothing is forced. effort: quick, normal or best."""
+    if effort not in _EFFORTS:
+        raise RecipeError(f"effort is quick, normal or best, not {effort!r}")
+    calibration, search = _EFFORTS[effort]
+    rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64), _gptq(5, 64, 8)]
+    if effort == "best":
+        rungs[3:4] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
+    rungs += [_gptq(6, 64, 8), _gptq(8, 64, 8)]
+    return Recipe(
+        seed=seed,
+        calibration=calibration.model_copy(update={"text": text}),
+        search=search,
+        rules=(Rule(targets="*", rungs=tuple(rungs)),),
+    )
+
+
+def read_recipe(path: str | Path, base: Recipe) -> Recipe:
+    """The recipe in a YAML file. What it leaves out is `base`'s; its rules come before base's."""
+    try:
+        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"the recipe {path} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise RecipeError(f"the recipe {path} must be a mapping with version, rules, ...")
+    merged = base.as_dict()
+    for key in ("calibration", "search"):
+        if isinstance(given.get(key), dict):
+            given[key] = merged[key] | given[key]
+    given["rules"] = [*(given.get("rules") or []), *merged["rules"]]
+    try:
+        recipe = Recipe.model_validate(merged | given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise RecipeError(f"the recipe {path} is wrong at {where}: {first['msg']}") from error
+    rules = []
+    for rule in recipe.rules:  # rules after a catch-all can match nothing
+        rules.append(rule)
+        for spec in rule.rungs:
+            spec.check()
+        if rule.targets == "*" and rule.kind is None:
+            break
+    return recipe.model_copy(update={"rules": tuple(rules)})

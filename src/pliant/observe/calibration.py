@@ -1,0 +1,69 @@
+"""Calibration text: written by the model itself, or cut from what the user gives."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from pliant.errors import PliantError
+from pliant.model import StreamedModel
+
+Progress = Callable[[int, int], None]
+
+
+def write_text(
+    model: StreamedModel,
+    sequences: int,
+    length: int,
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Token ids [sequences, length] that the model samples from itself at temperature 1.
+
+    Half of the sequences start with the beginning-of-text token (the model's idea of a
+    document), the others with a token drawn at random, which keeps them apart (LLM-QAT:
+    Data-Free Quantization Aware Training for Large Language Models). The model must be
+    resident: every step reads every layer.
+    """
+    if not model.resident:
+        raise PliantError(
+            "the original does not fit into memory to write its own calibration text; "
+            "pass a text file with --text"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+    first = torch.randint(vocabulary, (sequences, 1), generator=generator)
+    start = model.config.get_text_config(decoder=True).bos_token_id
+    if isinstance(start, int):
+        first[::2] = start
+    ids = torch.empty(sequences, length, dtype=torch.long)
+    ids[:, :1] = first
+    cache: Any = DynamicCache(config=model.config)
+    step = first
+    with torch.no_grad():
+        for position in range(1, length):
+            logits = model.module(
+                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+            step = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+            ids[:, position : position + 1] = step
+            if progress is not None:
+                progress(position + 1, length)
+    return ids
+
+
+def choose_windows(windows: Tensor, count: int, *, seed: int = 0) -> Tensor:
+    """`count` of the windows [n, length] (all when fewer), drawn without replacement, seeded."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count]]
+
+
+def digest(ids: Tensor) -> str:
+    """A fingerprint of token ids, the same on every machine."""
+    return hashlib.sha256(ids.to(torch.int64).contiguous().numpy().tobytes()).hexdigest()[:16]
