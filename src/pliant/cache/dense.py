@@ -2,11 +2,13 @@
 
 transformers' own dynamic cache grows by concatenation, so that at its peak it holds every layer
 twice over in the model's dtype. This one writes into storage of its final size, in bfloat16 even
-when the model computes in float32, and hands out only the part that is filled.
+when the model computes in float32, and hands out only the part that is filled. Where the dtypes
+differ, it is cast into one buffer that all layers share.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -22,16 +24,49 @@ from transformers.cache_utils import (
 from pliant.errors import PliantError
 
 
+class CastBuffer:
+    """Memory that every layer of a cache casts its keys (or values) into, one after the other."""
+
+    def __init__(self) -> None:
+        self._flat = torch.empty(0)
+
+    def take(self, shape: tuple[int, ...], most: int, like: Tensor) -> Tensor:
+        """`shape` of the buffer in `like`'s dtype, which is made for `most` numbers at once.
+
+        What an earlier call gave out is overwritten.
+        """
+        flat = self._flat
+        if flat.numel() < most or flat.dtype != like.dtype or flat.device != like.device:
+            self._flat = flat = torch.empty(0)  # the old one goes first
+            self._flat = flat = torch.empty(most, dtype=like.dtype, device=like.device)
+        return flat[: math.prod(shape)].view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        return int(self._flat.nbytes)
+
+
 class DenseLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values [batch, heads, capacity, head_dim] of one attention layer."""
+    """Keys and values [batch, heads, capacity, head_dim] of one attention layer.
+
+    casts: buffers for keys and values in the model's dtype that layers share, or None: what
+    `update` returns is then the caller's own.
+    """
 
     is_compileable = False
     is_croppable = True
     is_sliding = False
 
-    def __init__(self, context: int, batch: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        context: int,
+        batch: int,
+        dtype: torch.dtype,
+        casts: tuple[CastBuffer, CastBuffer] | None = None,
+    ) -> None:
         super().__init__()
         self.context, self.max_batch, self.storage = context, batch, dtype
+        self.casts = casts
         self.capacity = context
         self.length = 0  # tokens seen; all of them are stored
 
@@ -52,15 +87,33 @@ class DenseLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Store [batch, heads, new, head_dim] more; returns all that is stored, in their dtype."""
+        """Store [batch, heads, new, head_dim] more; returns all that is stored, in their dtype.
+
+        It is the caller's until the next layer's update, which may overwrite it.
+        """
         self._admit(key_states, value_states)
         start, self.length = self.length, self.length + key_states.shape[-2]
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return (
-            self.keys[:, :, : self.length].to(key_states.dtype),
-            self.values[:, :, : self.length].to(value_states.dtype),
+            self._cast(0, self.keys[:, :, : self.length], key_states),
+            self._cast(1, self.values[:, :, : self.length], value_states),
         )
+
+    def _cast(self, side: int, stored: Tensor, like: Tensor, copy: bool = False) -> Tensor:
+        """`stored` in `like`'s dtype: itself where that is its own and no copy is wanted."""
+        if stored.dtype == like.dtype and not copy:
+            return stored
+        return self._room(side, stored.shape[-2], like).copy_(stored)
+
+    def _room(self, side: int, tokens: int, like: Tensor) -> Tensor:
+        """Memory for `tokens` keys (side 0) or values (side 1) shaped and typed like `like`."""
+        batch, heads, _, width = like.shape
+        shape = (batch, heads, tokens, width)
+        if self.casts is None or torch.is_grad_enabled():
+            return like.new_empty(shape)
+        most = batch * heads * width * max(self.capacity, tokens)
+        return self.casts[side].take(shape, most, like)
 
     def _admit(self, key_states: Tensor, value_states: Tensor) -> None:
         wanted = self.length + key_states.shape[-2]
@@ -127,8 +180,15 @@ class DenseSlidingLayer(DenseLayer):
     is_sliding = True
     is_croppable = False
 
-    def __init__(self, context: int, batch: int, dtype: torch.dtype, window: int) -> None:
-        super().__init__(context, batch, dtype)
+    def __init__(
+        self,
+        context: int,
+        batch: int,
+        dtype: torch.dtype,
+        window: int,
+        casts: tuple[CastBuffer, CastBuffer] | None = None,
+    ) -> None:
+        super().__init__(context, batch, dtype, casts)
         self.window = window
         self.capacity = min(context, window)
 
@@ -137,7 +197,8 @@ class DenseSlidingLayer(DenseLayer):
     ) -> tuple[Tensor, Tensor]:
         """Store the newest states; returns the last window - 1 before them, and them."""
         self._admit(key_states, value_states)
-        keys, values = self._append(self.keys, key_states), self._append(self.values, value_states)
+        keys = self._append(0, self.keys, key_states)
+        values = self._append(1, self.values, value_states)
         self.length += key_states.shape[-2]
         return keys, values
 
@@ -146,15 +207,16 @@ class DenseSlidingLayer(DenseLayer):
         """Past tokens that a new one can still see, stored at the front."""
         return min(self.length, self.window - 1)
 
-    def _append(self, stored: Tensor, states: Tensor) -> Tensor:
+    def _append(self, side: int, stored: Tensor, states: Tensor) -> Tensor:
         past, new = self._kept, states.shape[-2]
         if past + new <= self.capacity:
             stored[:, :, past : past + new] = states
             shifts = past + new >= self.window  # below, under what is handed out
-            full = stored[:, :, : past + new].to(states.dtype, copy=shifts)
+            full = self._cast(side, stored[:, :, : past + new], states, copy=shifts)
         else:  # the new states pass through storage's precision like all others
-            rounded = states.to(stored.dtype).to(states.dtype)
-            full = torch.cat([stored[:, :, :past].to(states.dtype), rounded], dim=-2)
+            full = self._room(side, past + new, states)
+            full[:, :, :past] = stored[:, :, :past]
+            full[:, :, past:] = states.to(stored.dtype)
         keep = min(self.length + new, self.window - 1)
         if keep < past + new:
             stored[:, :, :keep] = full[:, :, past + new - keep :]
@@ -184,6 +246,10 @@ class DenseCache(Cache):  # type: ignore[misc]
         self, config: Any, context: int, batch: int = 1, dtype: torch.dtype = torch.bfloat16
     ) -> None:
         self.context, self.max_batch, self.storage = context, batch, dtype
+        text = config.get_text_config(decoder=True)
+        # A layer that lends its keys to later ones needs them to outlive the next layer's update.
+        lends = bool(getattr(text, "num_kv_shared_layers", 0))
+        self.casts = None if lends else (CastBuffer(), CastBuffer())
         super().__init__(
             layers=[self._layer(layer) for layer in DynamicCache(config=config).layers]
         )
@@ -191,10 +257,14 @@ class DenseCache(Cache):  # type: ignore[misc]
     def _layer(self, like: Any) -> Any:
         if type(like) is DynamicSlidingWindowLayer:
             return DenseSlidingLayer(
-                self.context, self.max_batch, self.storage, int(like.sliding_window)
+                self.context,
+                self.max_batch,
+                self.storage,
+                int(like.sliding_window),
+                self.casts,
             )
         if type(like) is DynamicLayer:
-            return DenseLayer(self.context, self.max_batch, self.storage)
+            return DenseLayer(self.context, self.max_batch, self.storage, self.casts)
         return like
 
     @property

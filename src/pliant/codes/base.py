@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -175,8 +176,22 @@ def row_count(index: slice | Tensor, out: int) -> int:
     return int(index.numel())
 
 
-def row_tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows of about TILE elements each; one slice on an accelerator."""
-    step = max(1, TILE // max(width, 1)) if device.type == "cpu" else max(rows, 1)
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Element-wise work on a tile is too short to share: threads would wait for each other."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def row_tiles(rows: int, width: int, device: torch.device, tile: int = TILE) -> Iterator[slice]:
+    """Slices of rows of about `tile` elements each; one slice on an accelerator."""
+    step = max(1, tile // max(width, 1)) if device.type == "cpu" else max(rows, 1)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))

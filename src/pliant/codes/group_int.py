@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.codes.base import Code, Stored, form, row_tiles
+from pliant.codes.base import Code, Stored, form, one_thread, row_count, row_tiles
 from pliant.codes.packing import PLANES, pack, packed_nbytes, plane_bytes, unpack
 from pliant.errors import CorruptError, PliantError
 
 _HALF_MAX = 65_504.0
+_TILE = 1 << 18  # elements decoded at once: 1 MiB of float32, so that calls cost little beside work
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,24 +162,32 @@ class GroupInt(Code):
         return torch.full((out, self.groups), symmetric, dtype=dtype, device=self.device)
 
     def rows(self, index: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        count = row_count(index, self.shape[0])
+        decoded = torch.empty(count, self.width, dtype=dtype, device=self.device)
+        return self.rows_into(decoded, index)
+
+    def rows_into(self, decoded: Tensor, index: slice | Tensor) -> Tensor:
+        """`rows` written to memory that the caller has, [n, in] of any float dtype."""
+        with one_thread():
+            self._write_rows(decoded, index)
+        return decoded
+
+    def _write_rows(self, decoded: Tensor, index: slice | Tensor) -> None:
         planes = tuple(plane[index] for plane in self.planes)
         scales = self.stored_scales.rows(index).scales_as()
         zeros: Tensor | float = 0.5 if self.bit_width == 1 else 2.0 ** (self.bit_width - 1)
         if self.zeros is not None:
             picked = tuple(plane[index] for plane in self.zeros)
             zeros = unpack(picked, self.bit_width, self.groups).float()
-        count = scales.shape[0]
-        decoded = torch.empty(count, self.width, dtype=dtype, device=self.device)
-        for tile in row_tiles(count, self.width, self.device):
+        for tile in row_tiles(decoded.shape[0], self.width, self.device, _TILE):
             q = unpack([plane[tile] for plane in planes], self.bit_width, self.width)
             target = decoded[tile]
-            values = target if dtype == torch.float32 else torch.empty_like(target).float()
+            values = target if decoded.dtype == torch.float32 else torch.empty_like(target).float()
             values.copy_(q)
             zero = zeros if isinstance(zeros, float) else zeros[tile]
             _dequantize(values, scales[tile], zero, self.group_size)
             if values is not target:
                 target.copy_(values)
-        return decoded
 
     def tensors(self) -> dict[str, Tensor]:
         names = _plane_names("q", self.bit_width)

@@ -15,6 +15,9 @@ from pliant.methods import find
 from pliant.model import StreamedModel, Target
 from pliant.observe import Observation
 
+# Nats for an error as large as the weight: next to nothing, so that what no text reached still
+# has a damage that falls with its bytes, and goes up the ladder last.
+_UNSEEN = 1e-9
 _INTEGER_METHODS = ("gptq", "rtn")
 
 
@@ -24,6 +27,7 @@ def build_rungs(
     """A code for each spec, with the damage that its error is predicted to do, in nats a token."""
     target = observation.target
     weight = model.weight(target)
+    norm = float(weight.norm())
     made = []
     for spec in specs:
         method, options = usable(spec, observation)
@@ -33,7 +37,7 @@ def build_rungs(
         else:
             code = find(method).function(weight, observation.statistics, **options)
         error = code.decode(torch.float32).sub_(weight)
-        damage = observation.damage(error)
+        damage = observation.damage(error) + _UNSEEN * float(error.norm() / (norm or 1.0)) ** 2
         if not math.isfinite(damage):
             raise PliantError(f"{method} on {target.name} gave values that are not finite")
         made.append(Proposal(target.name, method, options, code, damage))

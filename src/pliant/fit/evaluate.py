@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -44,11 +44,13 @@ class Evaluator:
                     count += len(p)
         return max(total / count, 0.0)
 
-    def _logits(self) -> list[Tensor]:
+    def _logits(self) -> Iterator[Tensor]:
         """Float32 logits [positions, V] of each sequence."""
         hidden = self._model.capture(self._ids)[:, :: self._stride]
-        with torch.no_grad():
-            return [self._model.tail(part)[0].float() for part in torch.split(hidden, 1)]
+        for part in torch.split(hidden, 1):  # one at a time: each is as large as the vocabulary
+            with torch.no_grad():
+                logits = self._model.tail(part)[0].float()
+            yield logits
 
 
 def code_lookup(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pliant.fit.evaluate import Evaluator
 from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
 from pliant.ladder import Artifact, Proposal, Writer, check_output
-from pliant.ladder.live import Plan, plan_opening
+from pliant.ladder.live import Plan, check_shape, plan_opening
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.observe import (
     Observation,
@@ -108,37 +108,43 @@ def fit(
         base = recipe
     elif recipe is not None:
         base = read_recipe(recipe, base)
+    if text is not None:
+        settings = base.calibration.model_copy(update={"text": str(text)})
+        base = base.model_copy(update={"calibration": settings})
+    check_shape(checkpoint.config, context, batch)
     room = weights_budget(checkpoint.config, budget)
     note = ""
-    if room >= checkpoint.nbytes:
-        note = (
-            f"the original fits: its weights take {format_size(checkpoint.nbytes)} and "
-            f"{format_size(room)} are there for them, so it is kept as it is"
-        )
-        base = base.model_copy(update={"rules": (Rule(rungs=(RungSpec(method=KEEP),)),)})
     model = StreamedModel(
         checkpoint, resident=checkpoint.nbytes * 4 // checkpoint.dtype.itemsize <= _RESIDENT_BYTES
     )
-    job = _Job(model, base, report)
+    fixed = sum(tensor.nbytes for _, tensor in model.others())
+    original = fixed + _numbers(model.targets) * checkpoint.dtype.itemsize
+    if room >= original:
+        note = (
+            f"the original fits: its weights take {format_size(original)} and "
+            f"{format_size(room)} are there for them, so it is kept as it is"
+        )
+        base = base.model_copy(update={"rules": (Rule(rungs=(RungSpec(method=KEEP),)),)})
+    job = _Job(model, base, report, fixed)
     job.check(budget, room)
     if dry_run:
         return job.preview(budget, room, note)
     assert out is not None
-    return job.run(Path(out), budget, overwrite, note)
+    return job.run(Path(out), budget, room, overwrite, note)
 
 
 class _Job:
     """The stages of one fit, in order."""
 
-    def __init__(self, model: StreamedModel, recipe: Recipe, report: Progress) -> None:
+    def __init__(self, model: StreamedModel, recipe: Recipe, report: Progress, fixed: int) -> None:
         self.model = model
         self.recipe = recipe
         self.report = report
-        self.specs = {t.name: recipe.rungs(t) for t in model.targets}
-        for specs in self.specs.values():
-            for spec in specs:
+        for rule in recipe.rules:
+            for spec in rule.rungs:
                 spec.check()
-        self.fixed = sum(tensor.nbytes for _, tensor in model.others())
+        self.specs = {t.name: recipe.rungs(t) for t in model.targets}
+        self.fixed = fixed
 
     # What can be known before any work
 
@@ -151,7 +157,11 @@ class _Job:
 
     def check(self, budget: Budget, room: int) -> None:
         """Refuse at once a budget below the smallest size that the recipe allows."""
-        smallest = self.fixed + sum(sizes[0] for sizes in self._estimates().values())
+        self._refuse_below(
+            self.fixed + sum(sizes[0] for sizes in self._estimates().values()), budget, room
+        )
+
+    def _refuse_below(self, smallest: int, budget: Budget, room: int) -> None:
         if smallest > room:
             least = budget.memory - room + smallest
             raise BudgetError(
@@ -169,8 +179,8 @@ class _Job:
         used = min(room, high)
         config = self.model.config
         outer = [t for t in self.model.targets if t.block is None]
-        numbers = sum(t.shape[0] * t.shape[1] for t in self.model.targets)
-        share = sum(t.shape[0] * t.shape[1] for t in outer) / numbers
+        numbers = _numbers(self.model.targets)
+        share = _numbers(outer) / numbers
         embeddings = int((used - self.fixed) * share)
         cache = kv_cache_bytes(config, budget.context, budget.batch)
         activations = activation_bytes(config, budget.context, budget.batch)
@@ -186,7 +196,7 @@ class _Job:
 
     # The work
 
-    def run(self, out: Path, budget: Budget, overwrite: bool, note: str) -> FitResult:
+    def run(self, out: Path, budget: Budget, room: int, overwrite: bool, note: str) -> FitResult:
         calibrated = any(len(specs) > 1 or specs[0].needs() for specs in self.specs.values())
         text = None
         if calibrated and self.recipe.calibration.text is not None:
@@ -207,6 +217,7 @@ class _Job:
             seed=self.recipe.seed, progress=lambda d, of: self.report("measuring", d, of),
         )  # fmt: skip
         ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
         self.report("writing", 0, 1)
         path = writer.finish(
             ladder,
@@ -349,6 +360,10 @@ class _Job:
             if path.is_file() and path.name.startswith(_COPIED)
         }
         return {**files, "recipe.yaml": self.recipe.to_yaml()}
+
+
+def _numbers(targets: Sequence[Target]) -> int:
+    return sum(target.shape[0] * target.shape[1] for target in targets)
 
 
 def _unseen(target: Target) -> Observation:

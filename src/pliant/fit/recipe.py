@@ -6,18 +6,26 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pliant.errors import RecipeError
+from pliant.errors import PliantError, RecipeError
 from pliant.methods import MethodInfo, find
 from pliant.model import Target
+from pliant.observe import Statistics
 
 KEEP = "keep"
+_TRIAL = 64  # rows and columns of the matrix that methods are tried on
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _trial_statistics() -> Statistics:
+    ones = torch.ones(_TRIAL)
+    return Statistics(1, torch.eye(_TRIAL), ones, ones, torch.ones(_TRIAL, _TRIAL), ones)
 
 
 class RungSpec(_Strict):
@@ -49,7 +57,10 @@ class RungSpec(_Strict):
         return found | (frozenset(find(base).needs) if isinstance(base, str) else frozenset())
 
     def check(self) -> None:
-        """Raise RecipeError for a method or an option that does not exist."""
+        """Raise RecipeError for a method, an option or a value that does not exist.
+
+        The method is tried on a small matrix, so that a mistake is told before hours of work.
+        """
         if self.method == KEEP:
             if self.options:
                 raise RecipeError(f"keep takes no options, not {sorted(self.options)}")
@@ -63,6 +74,12 @@ class RungSpec(_Strict):
             raise RecipeError(
                 f"{self.method} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
             )
+        try:
+            self.info().function(torch.eye(_TRIAL), _trial_statistics(), **self.options)
+        except (PliantError, TypeError, ValueError, LookupError, RuntimeError) as error:
+            raise RecipeError(
+                f"{self.method} does not work with {dict(self.options)}: {error}"
+            ) from error
 
     def flat(self) -> dict[str, Any]:
         return {"method": self.method, **self.options}
@@ -180,6 +197,8 @@ def read_recipe(path: str | Path, base: Recipe) -> Recipe:
     for key in ("calibration", "search"):
         if isinstance(given.get(key), dict):
             given[key] = merged[key] | given[key]
+    if not isinstance(given.get("rules") or [], list):
+        raise RecipeError(f"the recipe {path} is wrong at rules: it must be a list")
     given["rules"] = [*(given.get("rules") or []), *merged["rules"]]
     try:
         recipe = Recipe.model_validate(merged | given)

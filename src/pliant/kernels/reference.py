@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +12,7 @@ from pliant.codes import (
     Code,
     ColumnStack,
     Dense,
+    GroupInt,
     LowRank,
     Permuted,
     Rotated,
@@ -20,19 +23,36 @@ from pliant.codes import (
 )
 from pliant.kernels.dispatch import matmul, register
 
-SCRATCH = 3 * 2**20  # bytes of decoded rows held at once; with a code's own tiles below 4 MiB
+SCRATCH = 2**20  # bytes of decoded rows held at once, beside the tiles that a code decodes by
 
 
 @register(Code)  # type: ignore[type-abstract]
 def by_row_tiles(x: Tensor, code: Code) -> Tensor:
     """Decode a tile of rows, multiply, forget it: the matrix is never whole in memory."""
-    out, width = code.shape
-    step = max(1, SCRATCH // max(width * x.element_size(), 1))
-    y = x.new_empty(x.shape[0], out)
-    for start in range(0, out, step):
-        tile = slice(start, min(start + step, out))
+    y = x.new_empty(x.shape[0], code.shape[0])
+    for tile in _tiles(x, code):
         y[:, tile] = F.linear(x, code.rows(tile, x.dtype))
     return y
+
+
+@register(GroupInt)
+def group_int(x: Tensor, code: Code) -> Tensor:
+    """Tile after tile through the same memory; a single vector meets its tile in the cache."""
+    assert isinstance(code, GroupInt)
+    y = x.new_empty(x.shape[0], code.shape[0])
+    room: Tensor | None = None
+    for tile in _tiles(x, code):
+        rows = tile.stop - tile.start
+        room = x.new_empty(rows, code.width) if room is None else room[:rows]
+        y[:, tile] = F.linear(x, code.rows_into(room, tile))
+    return y
+
+
+def _tiles(x: Tensor, code: Code) -> Iterator[slice]:
+    out, width = code.shape
+    step = max(1, SCRATCH // max(width * x.element_size(), 1))
+    for start in range(0, out, step):
+        yield slice(start, min(start + step, out))
 
 
 @register(Dense)

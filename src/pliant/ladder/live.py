@@ -16,6 +16,7 @@ from pliant.errors import BudgetError
 from pliant.ladder.artifact import Artifact
 from pliant.ladder.rung import Allocation
 from pliant.model import code_of, coded_model, swap
+from pliant.model.heap import release
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes
 
 DEFAULT_CONTEXT = 2048
@@ -63,7 +64,7 @@ def plan_opening(
         context = fitted.context if fitted else DEFAULT_CONTEXT
     if batch is None:
         batch = fitted.batch if fitted else 1
-    _check_shape(config, context, batch)
+    check_shape(config, context, batch)
     if memory is None and weights is None and fitted is not None:
         memory = fitted.memory
     kv_cache = kv_cache_bytes(config, context, batch)
@@ -91,7 +92,8 @@ def plan_opening(
     return Plan(allocation, size, context, batch, total, breakdown)
 
 
-def _check_shape(config: Any, context: int, batch: int) -> None:
+def check_shape(config: Any, context: int, batch: int) -> None:
+    """Raise BudgetError for a context or batch that the model was not made for."""
     Budget(1, context, batch)
     longest = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if longest is not None and context > longest:
@@ -126,6 +128,7 @@ class LiveModel:
         self.artifact.check_rungs(changes)
         self._move(old.allocation, changes, max(old.weight_bytes, new.weight_bytes))
         self.plan = new
+        release()
         return new
 
     def _move(self, start: Mapping[str, int], changes: Allocation, ceiling: int) -> None:
@@ -186,4 +189,5 @@ def load(
     kind = type(model)
     model.__class__ = type(kind.__name__, (mixin, kind), {"__module__": kind.__module__})
     model.artifact, model.plan, model.compute_dtype = artifact, plan, dtype
+    release()
     return model

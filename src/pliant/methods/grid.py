@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pliant.codes.group_int import GroupInt, GroupScales, quantize_scales
+from pliant.errors import PliantError
 
 _CLIPS = {1: 8, 2: 8, 3: 8, 4: 6, 5: 4, 6: 3, 7: 1, 8: 1}  # candidates of clipping per bit width
 
@@ -58,6 +59,8 @@ def fit_grid(
     group_size 0 means one group a row. Rows are handled in tiles so that the search holds a few
     copies of a tile, not of the weight.
     """
+    if bits not in _CLIPS:
+        raise PliantError(f"bits must be 1 to 8, not {bits}")
     out, width = weight.shape
     size = width if group_size <= 0 else min(group_size, width)
     pad = -width % size
@@ -90,7 +93,7 @@ def _fit_tile(
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    floor = 0.45 if bits <= 2 else 0.6 if bits == 3 else 0.7
+    floor = 0.2 if bits == 1 else 0.45 if bits == 2 else 0.6 if bits == 3 else 0.7
     for step in range(candidates):
         shrink = 1.0 - step * (1.0 - floor) / max(candidates - 1, 1)
         scale, zero = _affine(low * shrink, high * shrink, bits, symmetric)

@@ -14,6 +14,7 @@ from pliant.errors import UnsupportedModelError
 def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     """The transformers causal language model of `config`, every parameter on the meta device."""
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     name = f"{getattr(config, 'model_type', '?')} ({', '.join(config.architectures or ['?'])})"
     if getattr(config, "is_encoder_decoder", False):
@@ -24,7 +25,7 @@ def empty_model(config: Any, trust_remote_code: bool = False) -> Any:
     # The plain loop over experts multiplies by one slice at a time, which a code can stand in for.
     config._experts_implementation = "eager"
     try:
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, ImportError, AttributeError) as error:
         reason = str(error).strip().split("\n")[0][:300]

@@ -13,6 +13,7 @@ from pliant.codes import Code, RowStack
 from pliant.errors import CorruptError, PliantError
 from pliant.kernels import matmul
 from pliant.model.architecture import empty_model
+from pliant.model.attention import use_grouped_sdpa
 from pliant.model.calls import tag
 from pliant.model.stand_in import WeightStandIn
 from pliant.model.target import Target, find_targets
@@ -120,6 +121,7 @@ def coded_model(
 
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     model = empty_model(config, trust_remote_code)
+    use_grouped_sdpa(model)
     groups: dict[str, list[Target]] = {}
     for target in find_targets(model):
         groups.setdefault(target.parameter, []).append(target)

@@ -46,9 +46,9 @@ class Accumulator:
             # the layer's error is the loss's second-order change under a block-diagonal Fisher.
             weight = squared.sum(1, keepdim=True) if self._weighted else torch.ones(len(x), 1)
             self._weight += float(weight.sum())
-            self._add("second_moment", (x * weight).t() @ x)
+            self._add_product("second_moment", x * weight, x)
         if "fisher" in self._needs:
-            self._add("fisher", squared.t() @ x.square())
+            self._add_product("fisher", squared, x.square())
         if "output_moment" in self._needs:
             self._add("output_moment", squared.sum(0))
         if "input_max" in self._needs:
@@ -72,6 +72,12 @@ class Accumulator:
             self._sums[name].add_(value)
         else:
             self._sums[name] = value
+
+    def _add_product(self, name: str, left: Tensor, right: Tensor) -> None:
+        """Add left^T right in place: the sum is as large as a weight, and is held once."""
+        if name not in self._sums:
+            self._sums[name] = torch.zeros(left.shape[1], right.shape[1])
+        self._sums[name].addmm_(left.t(), right)
 
     def _raise(self, name: str, value: Tensor) -> None:
         known = self._sums.get(name)

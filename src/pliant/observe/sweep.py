@@ -21,13 +21,15 @@ Progress = Callable[[int, int], None]
 _PROBE_TOKENS = 1024
 _PROBE_BYTES = 64 << 20
 _TOKENS_AT_ONCE = 1024
+_LOGITS_BYTES = 64 << 20
 
 
 @dataclass
 class Observation:
     """What one target met: its statistics, and pairs that predict what an error in it would do.
 
-    inputs [n, in] and gradients [n, out] belong to the same n tokens, a sample of all.
+    inputs [n, in] and gradients [n, out] belong to the same n tokens, a sample of those that
+    reached it; share: how many did of all (fewer for an expert).
     looked_up: for an embedding, token ids [T] with the gradients [T, in] at their rows.
     """
 
@@ -36,6 +38,7 @@ class Observation:
     inputs: Tensor | None = None
     gradients: Tensor | None = None
     looked_up: tuple[Tensor, Tensor] | None = None
+    share: float = 1.0
 
     def damage(self, error: Tensor) -> float:
         """Nats a token that `error` [out, in] in the weight adds, to second order.
@@ -47,7 +50,7 @@ class Observation:
         total = 0.0
         if self.inputs is not None and self.gradients is not None and len(self.inputs):
             along = (self.inputs @ error.t()).mul_(self.gradients).sum(1)
-            total += 0.5 * float(along.square().mean())
+            total += 0.5 * self.share * float(along.square().mean())
         if self.looked_up is not None:
             ids, gradients = self.looked_up
             start, stop = self.target.rows or (0, self.target.shape[0])
@@ -64,6 +67,7 @@ class _Watch:
     needs: Mapping[str, frozenset[str]]
     weighted: bool
     every: Mapping[str, int]
+    tokens: int
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -100,6 +104,7 @@ class _Watch:
             accumulator.result(),
             torch.cat(self.inputs.pop(target.name)),
             torch.cat(self.gradients.pop(target.name)),
+            share=self.seen.pop(target.name) / self.tokens,
         )
 
 
@@ -128,9 +133,7 @@ class Sweep:
         self._seed = seed
         self._batch = max(1, _TOKENS_AT_ONCE // ids.shape[1])
         tokens = ids.numel()
-        rows = max(
-            (sum(t.shape[0] for t in model.targets if t.block is None), 1),
-        )
+        rows = max(1, sum(t.shape[0] for t in model.targets if t.block is None))
         outer = min(_PROBE_TOKENS, max(64, _PROBE_BYTES // (4 * rows)))
         self._every = {
             t.name: max(1, tokens // (outer if t.block is None else _PROBE_TOKENS))
@@ -167,16 +170,20 @@ class Sweep:
         watch = self._watch()
         generator = torch.Generator().manual_seed(self._seed)
         gradient = torch.empty(*self._ids.shape, self._width())
+        vocabulary = int(self._model.config.get_text_config(decoder=True).vocab_size)
+        step = max(1, _LOGITS_BYTES // (4 * vocabulary))  # the backward pass holds several copies
         with self._model.linear_calls(watch.on_linear):
             for rows, hidden in self._hidden(len(self._model.blocks), batch=1):
-                hidden.requires_grad_(True)
-                logits = self._model.tail(hidden).flatten(0, 1).float()
-                chances = logits.detach().softmax(-1)
-                labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
-                del chances
-                torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
-                assert hidden.grad is not None
-                gradient[rows] = hidden.grad
+                for start in range(0, hidden.shape[1], step):
+                    part = hidden[:, start : start + step].detach().requires_grad_(True)
+                    logits = self._model.tail(part).flatten(0, 1).float()
+                    chances = logits.detach().softmax(-1)
+                    labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
+                    del chances
+                    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                    assert part.grad is not None
+                    gradient[rows, start : start + step] = part.grad
+                    del logits
         heads = [t for t in self._model.targets if t.block is None]
         return [watch.observation(t) for t in heads], gradient
 
@@ -192,10 +199,8 @@ class Sweep:
         with self._model.block(index) as module:
             for rows, hidden in self._hidden(index, self._batch):
                 hidden.requires_grad_(True)
-                if observe:
-                    with self._model.linear_calls(watch.on_linear):
-                        output = self._model.run_block(module, index, hidden)
-                else:
+                # Watched in either case: it rounds differently, and resuming changes no byte.
+                with self._model.linear_calls(watch.on_linear if observe else _ignore):
                     output = self._model.run_block(module, index, hidden)
                 output.backward(gradient[rows].to(output.dtype))  # type: ignore[no-untyped-call]
                 assert hidden.grad is not None
@@ -216,7 +221,7 @@ class Sweep:
             path.unlink()
 
     def _watch(self) -> _Watch:
-        return _Watch(self._needs, self._weighted, self._every)
+        return _Watch(self._needs, self._weighted, self._every, self._ids.numel())
 
     def _width(self) -> int:
         size = (self._scratch / "hidden-00000.bin").stat().st_size
@@ -234,6 +239,10 @@ class Sweep:
                 raw = bytearray(file.read(2 * size * length * width))
             part = torch.frombuffer(raw, dtype=torch.bfloat16).view(size, length, width)
             yield slice(start, start + size), part.to(self._model.dtype)
+
+
+def _ignore(target: Target, x: Tensor, y: Tensor) -> None:
+    pass
 
 
 def _save(path: Path, hidden: Tensor) -> None:

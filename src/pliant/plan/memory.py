@@ -2,7 +2,8 @@
 
 Everything follows from the configuration, so a plan needs no weights. The activation model is that
 of the CPU runtime: prompts are prefilled in chunks, the KV cache is stored in 16 bits and cast to
-the compute type one layer at a time, and a coded matrix is decoded through a bounded scratch.
+the compute type in one buffer for all layers, query heads read the keys that they share in place,
+and a coded matrix is decoded through a bounded scratch.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import Any
 from pliant.budget import Budget, format_size
 from pliant.errors import BudgetError, UnsupportedModelError
 
-SCRATCH_BYTES = 4 << 20
+SCRATCH_BYTES = 2 << 20
 """The most that a kernel decodes of one matrix at a time (see pliant.kernels)."""
 
 LIBRARY_BYTES = 3 << 20
 """Thread pools and packing buffers of the BLAS, which stay after the first matrix multiply."""
+
+LAYER_OBJECT_BYTES = 96 << 10
+"""Modules of a layer as Python holds them, and its codes' last pages, which are partly empty."""
 
 PREFILL_CHUNK = 128
 
@@ -84,11 +88,11 @@ def activation_bytes(
 ) -> int:
     """Peak bytes of activations while `batch` sequences grow to `context` tokens.
 
-    The largest of three moments in a layer, over what stays throughout. Attention: queries, one
-    layer's keys and values cast to the compute type and, where query heads share them, expanded to
-    every head; the mask. MLP: its intermediates and a decoded tile. Head: the last position's
-    logits in 32 bits, twice (sampling copies them), and a tile. Pages of shared libraries, which
-    the process has in any case, are not counted.
+    The largest of three moments in a layer, over what stays throughout: buffers of libraries, the
+    objects of the model, the mask, and one layer's keys and values in the compute type. Attention:
+    queries, outputs and the float mask. MLP: its intermediates and a decoded tile. Head: the last
+    position's logits in 32 bits, twice (sampling copies them), and a tile. Pages of shared
+    libraries, which the process has in any case, are not counted.
     """
     text = text_config(config)
     tokens = batch * min(prefill_chunk, context)
@@ -96,12 +100,16 @@ def activation_bytes(
     shapes = attention_shapes(config)
     mask = batch * min(prefill_chunk, context) * context
     stream = 2 * tokens * hidden * dtype_bytes  # the residual and its normalised copy
+    cast = max((s.cached_values * s.length(context) for s in shapes), default=0) * batch
+    cast *= dtype_bytes if dtype_bytes != 2 else 0  # 16-bit models read the cache itself
+    objects = LAYER_OBJECT_BYTES * _need(text, "num_hidden_layers")
     attention = max(
         (_attention_bytes(text, s, context, batch, tokens, dtype_bytes) for s in shapes), default=0
     )
     mlp = _mlp_width(text) * tokens * dtype_bytes + SCRATCH_BYTES
     head = batch * vocabulary * 4 * 2 + SCRATCH_BYTES
-    return LIBRARY_BYTES + mask + max(stream + attention, stream + mlp, head)
+    stays = LIBRARY_BYTES + objects + mask + cast
+    return stays + max(stream + attention, stream + mlp, head)
 
 
 def weights_budget(config: Any, budget: Budget) -> int:
@@ -160,18 +168,17 @@ def attention_shapes(config: Any) -> list[AttentionShape]:
 def _attention_bytes(
     text: Any, shape: AttentionShape, context: int, batch: int, tokens: int, dtype_bytes: int
 ) -> int:
-    """Queries, outputs, this layer's keys and values in the compute type, and the float mask."""
+    """Queries, outputs, new keys and values, and the float mask."""
     chunk = tokens // batch
     length = context if shape.window is None else min(context, shape.window + chunk)
     per_head = shape.key_dim + shape.value_dim
     own = tokens * (shape.heads + shape.kv_heads) * per_head  # q and out, new k and v
-    cached = batch * length * shape.cached_values
-    expanded = batch * length * shape.heads * per_head if shape.heads > shape.kv_heads else 0
     mask = batch * chunk * length
     scores = 0
     if _first(text, "attn_logit_softcapping"):  # no fused kernel: scores, capped, softmax
-        scores = 3 * tokens * shape.heads * length
-    return (own + cached + expanded + mask + scores) * dtype_bytes
+        expanded = batch * length * shape.heads * per_head if shape.heads > shape.kv_heads else 0
+        scores = 3 * tokens * shape.heads * length + expanded
+    return (own + mask + scores) * dtype_bytes
 
 
 def _mlp_width(text: Any) -> int:

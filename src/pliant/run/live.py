@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from pliant.cache import DenseCache
+from pliant.codes.base import one_thread
 from pliant.ladder import LiveModel
 from pliant.ladder import load as open_model
+from pliant.model.heap import release
 from pliant.plan.memory import PREFILL_CHUNK
 
 
@@ -20,6 +22,20 @@ class RunningModel(LiveModel):
         """An empty cache of the planned context and batch."""
         config: Any = self.config  # type: ignore[attr-defined]
         return DenseCache(config, self.plan.context, self.plan.batch)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, fit for its size.
+
+        A single token runs in one thread, whose pieces of work are too short to share. After more
+        than one, what they freed goes back to the system.
+        """
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        if ids is not None and ids.shape[-1] == 1:
+            with one_thread():
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]
+        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+        release()
+        return output
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own generate; pass `past_key_values` or `use_cache` to choose a cache."""

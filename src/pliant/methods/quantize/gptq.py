@@ -13,7 +13,7 @@ from pliant.methods.catalog import method
 from pliant.methods.grid import Grid, fit_grid
 from pliant.observe import Statistics
 
-_BLOCK = 64
+_BLOCK = 32
 _TILE_BYTES = 64 << 20
 
 # Rungs of one target share their statistics, and so the factor, which costs O(in^3).
@@ -78,19 +78,19 @@ def inverse_factor(
     order = torch.arange(len(moment), device=moment.device)
     if act_order:
         order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    h = moment[order][:, order].float()
-    diagonal = h.diagonal()  # a view: damping is added in place, h is large
-    diagonal[diagonal <= 0] = 1.0
-    plain, mean = diagonal.clone(), float(diagonal.mean())
+    failed = torch.zeros((), dtype=torch.int32, device=moment.device)
     for attempt in range(6):
-        diagonal.copy_(plain).add_(mean * damp * 10**attempt)
-        lower, failed = torch.linalg.cholesky_ex(h)
+        h = moment[order[:, None], order].float().t()  # by columns: factored in place, h is large
+        diagonal = moment.diagonal()[order].float()
+        diagonal[diagonal <= 0] = 1.0
+        h.diagonal().copy_(diagonal + diagonal.mean() * damp * 10**attempt)
+        torch.linalg.cholesky_ex(h, out=(h, failed))
         if int(failed):
             continue
-        lower = torch.cholesky_inverse(lower)
-        upper, failed = torch.linalg.cholesky_ex(lower, upper=True)
+        torch.cholesky_inverse(h, out=h)
+        torch.linalg.cholesky_ex(h, upper=True, out=(h, failed))
         if int(failed) == 0:
-            return upper, order
+            return h, order
     raise PliantError("the inputs' second moment is not positive definite; use more text")
 
 

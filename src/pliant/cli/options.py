@@ -1,0 +1,31 @@
+"""Arguments that more than one verb has, and the words that explain them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(help="A Hugging Face directory, a hub id, a .gguf file, or smollm2.",
+                   show_default=False),
+]  # fmt: skip
+Directory = Annotated[
+    Path, typer.Argument(help="An artifact: a directory that fit wrote.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="Open at this total: weights, KV cache and activations."),
+]
+Weights = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Open at this many bytes of weights alone.")
+]
+Context = Annotated[
+    int | None, typer.Option(metavar="TOKENS", help="Longest sequence. [default: as fitted]")
+]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.")
+]
