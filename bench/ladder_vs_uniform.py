@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pliant.api import opened as opened_model
 from pliant.codes import Code, Dense, GroupInt
 from pliant.fit import fit
 from pliant.fit.recipe import KEEP, Calibration, Recipe, Rule, RungSpec, default_recipe
@@ -39,6 +40,7 @@ from pliant.run import load
 from regrid import regrid
 
 RESULTS = Path(__file__).parent / "results"
+WIDTHS = (2, 3, 4)
 BASELINES: dict[str, tuple[bool, dict[str, Any]]] = {
     "gptq": (False, {"clip": False, "damp": 0.01, "scale_bits": 16}),
     "gptq+clip": (False, {"clip": True, "damp": 0.01, "scale_bits": 16}),
@@ -73,26 +75,27 @@ def main() -> None:
     print(f"fit: {time.time() - started:.0f} s", flush=True)
 
     model = StreamedModel(checkpoint, resident=True)
-    reference = Reference.of(model.module, chosen, key=checkpoint.fingerprint())
+    reference = Reference.of(opened_model(checkpoint), chosen, key=checkpoint.fingerprint())
     ids = calibration_ids(recipe, calibration, tokenizer)
     rows = []
-    for name, (weighted, options) in BASELINES.items():
-        widths = (2, 3, 4)
-        for bits, codes in zip(widths, uniform(model, ids, widths, weighted, options), strict=True):
-            others = dict(model.others())
+    for weighted in (False, True):  # one pass of observation serves all that weigh alike
+        names = [n for n, (own, _) in BASELINES.items() if own == weighted]
+        variants = [(f"{n} {bits} bits", bits, BASELINES[n][1]) for n in names for bits in WIDTHS]
+        for name, codes in uniform(model, ids, weighted, variants).items():
             size = sum(code.nbytes for code in codes.values())
             for target in model.targets:
                 if target.block is None:
                     codes[target.name] = Dense(model.weight(target))
-            compared = coded_model(checkpoint.directory, codes, others)
-            rows.append(row(f"{name} {bits} bits", size, model, reference, compared))
+            compared = coded_model(checkpoint.directory, codes, dict(model.others()))
+            rows.append(row(name, size, model, reference, compared))
+            codes.clear()
 
     opened = load(out)
     ladder = opened.artifact.ladder
     outside = ladder.fixed_bytes + sum(
         own[0].nbytes for target, own in ladder.rungs.items() if is_outer(target, model)
     )
-    plain = {bits: r["linear_bytes"] for bits, r in zip((2, 3, 4), rows, strict=False)}
+    plain = {bits: r["linear_bytes"] for bits, r in zip(WIDTHS, rows, strict=False)}
     wanted = {f"ladder at gptq {bits} bits": size for bits, size in plain.items()}
     # 2.5 code bits with a group of 64: the overhead is that of 3 bits, the integers half a bit less
     numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
@@ -133,13 +136,12 @@ def calibration_ids(recipe: Recipe, text: Path, tokenizer: Any) -> torch.Tensor:
 def uniform(
     model: StreamedModel,
     ids: torch.Tensor,
-    widths: tuple[int, ...],
     weighted: bool,
-    options: dict[str, Any],
-) -> list[dict[str, Code]]:
-    """GPTQ of every linear at each width, group 64."""
+    variants: list[tuple[str, int, dict[str, Any]]],
+) -> dict[str, dict[str, Code]]:
+    """GPTQ of every linear, group 64, for each variant (name, bits, options)."""
     gptq = find("gptq").function
-    codes: list[dict[str, Code]] = [{} for _ in widths]
+    codes: dict[str, dict[str, Code]] = {name: {} for name, _, _ in variants}
     needs = {t.name: frozenset({"second_moment"}) for t in model.targets if t.block is not None}
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep(model, ids, Path(scratch), needs=needs, weighted=weighted)
@@ -149,10 +151,12 @@ def uniform(
             seen, gradient = sweep.block(index, gradient)
             for observation in seen:
                 weight = model.weight(observation.target)
-                for bits, found in zip(widths, codes, strict=True):
+                # alike damping next to each other: it is what the factor depends on
+                for name, bits, options in variants:
                     code = gptq(weight, observation.statistics, bits=bits, group_size=64, **options)
                     assert isinstance(code, GroupInt)
-                    found[observation.target.name] = code
+                    codes[name][observation.target.name] = code
+            print(f"  layer {index}", end="\r", flush=True)
     return codes
 
 

@@ -74,8 +74,36 @@ def artifact(
     import pliant
 
     before = torch.get_num_threads()
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     out = tmp_path_factory.mktemp("quick") / "smollm2"
     pliant.fit("smollm2", "128MiB", out, text=text_file, recipe=quick_recipe)
     torch.set_num_threads(before)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama's checkpoint."""
+    from tests.tiny import save_tiny
+
+    return save_tiny(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.tiny import save_recipe
+
+    return save_recipe(tmp_path_factory.mktemp("tiny") / "recipe.yaml")
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(
+    tiny_model: Path, tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The tiny model, fitted from text that it wrote itself. Read it only."""
+    import pliant
+    from tests.tiny import CONTEXT, memory
+
+    out = tmp_path_factory.mktemp("tiny") / "artifact"
+    pliant.fit(tiny_model, memory(tiny_model), out, context=CONTEXT, recipe=tiny_recipe)
     return out

@@ -14,14 +14,14 @@ RECIPE = {
     "search": {"measurements": 3, "sequences": 1},
     "rules": [{"rungs": [{"method": "rtn", "bits": b, "group_size": 32} for b in (2, 4, 8)]}],
 }
-MEMORY = 7_680_000  # between the smallest and the largest size at a context of 64
+CONTEXT = 64
 
 
 def save_tiny(directory: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128,
         tie_word_embeddings=True, initializer_range=0.2,
         bos_token_id=256, eos_token_id=257, pad_token_id=257,
     )  # fmt: skip
@@ -40,6 +40,14 @@ def save_tiny(directory: Path) -> Path:
 def save_recipe(path: Path) -> Path:
     path.write_text(json.dumps(RECIPE))  # JSON is YAML
     return path
+
+
+def memory(directory: Path, weights: int = 80_000) -> int:
+    """A budget that leaves so many bytes for weights at CONTEXT (the rungs: 45 to 135 kB)."""
+    from pliant.plan import activation_bytes, kv_cache_bytes
+
+    config = LlamaConfig.from_pretrained(directory)
+    return kv_cache_bytes(config, CONTEXT, 1) + activation_bytes(config, CONTEXT, 1) + weights
 
 
 def bytes_of(directory: Path) -> dict[str, bytes]:

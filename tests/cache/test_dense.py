@@ -143,3 +143,32 @@ def test_beam_search_runs():
     cache = DenseCache(model.config, 12, 3, dtype=torch.float32)
     found = model.generate(ids, past_key_values=cache, **options)
     assert torch.equal(found, model.generate(ids, **options))
+
+
+@torch.inference_mode()
+def test_all_layers_cast_into_one_buffer():
+    for model in (llama(), mistral(6)):
+        ids = torch.randint(0, 97, (1, 20))
+        cache = DenseCache(model.config, 20)
+        found = cached(model, ids, cache, [7, 1, 9, 3])
+        keys, values = cache.casts
+        assert keys.nbytes == values.nbytes  # one layer's, of the two
+        assert keys.nbytes <= 2 * 20 * 16 * 4
+        cache.reset()
+        for layer in cache.layers:
+            layer.casts = None
+        assert torch.equal(cached(model, ids, cache, [7, 1, 9, 3]), found)
+
+
+def test_what_is_differentiated_is_not_overwritten():
+    layer = DenseCache(llama().config, 8).layers[0]
+    states = torch.randn(1, 2, 3, 16)
+    first, _ = layer.update(states, states)
+    second, _ = layer.update(states, states)
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_layers_that_lend_their_keys_share_no_buffer():
+    config = llama().config
+    config.num_kv_shared_layers = 1
+    assert DenseCache(config, 8).casts is None

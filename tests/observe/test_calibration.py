@@ -33,10 +33,18 @@ def test_a_seed_decides_the_text(model: StreamedModel) -> None:
     assert 0 <= int(first.min()) <= int(first.max()) < 320
 
 
-def test_half_of_the_sequences_start_a_document(model: StreamedModel) -> None:
-    starts = write_text(model, 8, 2)[:, 0]
-    assert (starts[::2] == model.config.bos_token_id).all()
-    assert len(set(starts[1::2].tolist())) > 1
+def test_every_sequence_starts_a_document(model: StreamedModel) -> None:
+    starts = write_text(model, 6, 3, seed=0)[:, 0]
+    assert (starts == model.config.bos_token_id).all()
+
+
+def test_without_a_beginning_token_the_first_ones_are_drawn(model: StreamedModel) -> None:
+    kept, model.config.bos_token_id = model.config.bos_token_id, None
+    try:
+        starts = write_text(model, 6, 3, seed=0)[:, 0]
+    finally:
+        model.config.bos_token_id = kept
+    assert len(set(starts.tolist())) > 1
 
 
 def test_text_is_what_the_model_would_say(model: StreamedModel) -> None:

@@ -91,11 +91,10 @@ def test_shapes_of_less_common_attention(config, layers, cached_values):
 
 
 def test_activations_are_those_measured_on_smollm2():
-    """Growth of resident memory over the cache: float32, chunks of 128, two threads."""
-    measured = {1024: 11.2, 2048: 19.0, 4096: 31.0, 8192: 57.5}
+    """Growth of resident memory over codes, cache and ladder.json (2.4 MiB there): float32."""
+    measured = {1024: 11.6, 2048: 13.3, 4096: 17.7, 8192: 28.3}
     for context, mib in measured.items():
-        assert activation_bytes(SMOLLM2, context, 1) / MIB == pytest.approx(mib, abs=1.6)
-    assert activation_bytes(SMOLLM2, 2048, 1, prefill_chunk=512) / MIB == pytest.approx(26.5, abs=2)
+        assert activation_bytes(SMOLLM2, context, 1) / MIB == pytest.approx(mib, abs=1)
 
 
 def test_activations_grow_with_what_they_hold():

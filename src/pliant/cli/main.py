@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status if isinstance(status, int) else 0
     except PliantError as error:
-        return _say(f"error: {error}", error.exit_code)
+        return _say(f"error: {_one_line(error)}", error.exit_code)
     except Interrupted as interrupted:
         return _say(f"\n{interrupted}", INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has gone
@@ -87,6 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = getattr(error, "ctx", None)
         path = found.command_path if found is not None else "pliant"
         return _say(f"error: {error.format_message()} (see {path} --help)", 2)
+
+
+def _one_line(error: Exception) -> str:
+    """Messages of other libraries, which ours may quote, can have many."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
 
 
 def _say(text: str, status: int) -> int:

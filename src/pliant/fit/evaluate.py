@@ -36,7 +36,8 @@ class Evaluator:
         total, count = 0.0, 0
         with self._model.substitute(weight):
             for original, logits in zip(self._original, self._logits(), strict=True):
-                for p, q in zip(original.split(128), logits.split(128), strict=True):
+                parts = torch.split(original, 128), torch.split(logits, 128)
+                for p, q in zip(*parts, strict=True):
                     q = q.log_softmax(-1)
                     total += float(
                         torch.nn.functional.kl_div(q, p, reduction="sum", log_target=True)

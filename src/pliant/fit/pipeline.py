@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read
 from pliant.ladder import Artifact, Proposal, Writer, check_output
 from pliant.ladder.live import Plan, check_shape, plan_opening
 from pliant.model import StreamedModel, Target, open_checkpoint
+from pliant.model.heap import release
 from pliant.observe import (
     Observation,
     Sweep,
@@ -207,7 +209,8 @@ class _Job:
         if not writer.has("fixed"):
             writer.write_fixed(dict(self.model.others()))
         ids = self._calibration(work, text) if calibrated else torch.zeros(0, 2, dtype=torch.long)
-        split = min(self.recipe.search.sequences, max(len(ids) - 1, 0))
+        wanted = self.recipe.search.sequences if self.recipe.search.measurements else 0
+        split = min(wanted, len(ids) // 3)  # a short text is for calibration first
         held_out, ids = ids[:split], ids[split:]
         self._build(writer, work, ids)
         rungs = distinct(writer.all_rungs())
@@ -239,6 +242,7 @@ class _Job:
     def _key(self, text: Tensor | None) -> str:
         """What decides the rungs and their order; the budget does not."""
         parts = {
+            "version": version("pliant"),
             "model": self.model.checkpoint.fingerprint(),
             "recipe": self.recipe.as_dict(),
             "text": None if text is None else digest(text),
@@ -313,8 +317,10 @@ class _Job:
             fresh = not writer.has(shards[index])
             seen, gradient = sweep.block(index, gradient, observe=fresh)
             if fresh:
+                count = len(seen)
                 self._write(writer, shards[index], seen, done)
-                done += len(seen)
+                done += count
+            release()
             self._save_gradient(work, index, gradient)
         if not writer.has("outer") and outer:
             sweep.look_ups(heads, gradient)
@@ -354,10 +360,12 @@ class _Job:
                 older.unlink()
 
     def _files(self) -> dict[str, Path | bytes | str]:
+        trusted = self.model.checkpoint.trust_remote_code
         files: dict[str, Path | bytes | str] = {
             path.name: path
             for path in sorted(self.model.checkpoint.directory.iterdir())
-            if path.is_file() and path.name.startswith(_COPIED)
+            if path.is_file()
+            and (path.name.startswith(_COPIED) or (trusted and path.suffix == ".py"))
         }
         return {**files, "recipe.yaml": self.recipe.to_yaml()}
 

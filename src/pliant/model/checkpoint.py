@@ -17,6 +17,7 @@ from pliant.errors import CheckpointError, UnsupportedModelError
 from pliant.model.shards import Entry, read_entry, read_header, sample_digest
 
 _INDEX = "model.safetensors.index.json"
+_CHECKED_AT_ONCE = 1 << 22
 
 
 class Checkpoint:
@@ -111,9 +112,12 @@ class Checkpoint:
 
 def _is_finite(tensor: Tensor) -> bool:
     """One pass in most cases: a finite sum has finite terms."""
-    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-    total = wide.sum(dtype=torch.float64 if wide.dtype == torch.float64 else torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(wide).all())
+    for part in torch.split(tensor.reshape(-1), _CHECKED_AT_ONCE):  # the sum may widen a copy
+        wide = part.float() if part.dtype.itemsize == 1 else part
+        total = wide.sum(dtype=torch.float64 if wide.dtype == torch.float64 else torch.float32)
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(wide).all()):
+            return False
+    return True
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:

@@ -119,14 +119,15 @@ class StreamedModel:
             self._free(index)
         self._load_outer()
 
-    def _parameter(self, name: str) -> Tensor:
-        """The stored form of a parameter in the compute dtype, with substitutes in their places."""
+    def _parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The stored form of a parameter, substitutes in place; in the compute dtype if none."""
+        dtype = dtype or self.dtype
         targets = self._by_parameter.get(name, [])
         given = [self._substitute(target) if self._substitute else None for target in targets]
         if targets and all(weight is not None for weight in given):
-            stored = torch.empty(self._meta_of(name).shape, dtype=self.dtype)
+            stored = torch.empty(self._meta_of(name).shape, dtype=dtype)
         else:
-            stored = self._reader.read(name).to(self.dtype)
+            stored = self._reader.read(name).to(dtype)
         for target, weight in zip(targets, given, strict=True):
             if weight is not None:
                 target.slice(stored).copy_(weight)
@@ -174,7 +175,8 @@ class StreamedModel:
     def _outer_stand_in(self, name: str, targets: list[Target]) -> StoredWeight:
         given = [self._substitute(target) if self._substitute else None for target in targets]
         if any(weight is not None for weight in given):
-            tensor = self._parameter(name)
+            # Not widened: in 32 bits a large vocabulary would be the largest thing in memory.
+            tensor = self._parameter(name, self.checkpoint.dtype)
         else:
             tensor = self._reader.read(name)
         stand_in = StoredWeight(tensor, self.dtype)

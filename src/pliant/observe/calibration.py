@@ -26,10 +26,9 @@ def write_text(
 ) -> Tensor:
     """Token ids [sequences, length] that the model samples from itself at temperature 1.
 
-    Half of the sequences start with the beginning-of-text token (the model's idea of a
-    document), the others with a token drawn at random, which keeps them apart (LLM-QAT:
-    Data-Free Quantization Aware Training for Large Language Models). The model must be
-    resident: every step reads every layer.
+    Each sequence starts with the beginning-of-text token or, where the model has none, with one
+    drawn at random (LLM-QAT: Data-Free Quantization Aware Training for Large Language Models).
+    The model must be resident: every step reads every layer.
     """
     if not model.resident:
         raise PliantError(
@@ -41,7 +40,7 @@ def write_text(
     first = torch.randint(vocabulary, (sequences, 1), generator=generator)
     start = model.config.get_text_config(decoder=True).bos_token_id
     if isinstance(start, int):
-        first[::2] = start
+        first[:] = start
     ids = torch.empty(sequences, length, dtype=torch.long)
     ids[:, :1] = first
     cache: Any = DynamicCache(config=model.config)

@@ -168,12 +168,16 @@ def attention_shapes(config: Any) -> list[AttentionShape]:
 def _attention_bytes(
     text: Any, shape: AttentionShape, context: int, batch: int, tokens: int, dtype_bytes: int
 ) -> int:
-    """Queries, outputs, new keys and values, and the float mask."""
+    """Queries, outputs, new keys and values, and the float mask.
+
+    The fused kernel makes the float mask anew in each layer; as measured at long contexts, the heap
+    holds the one before as well.
+    """
     chunk = tokens // batch
     length = context if shape.window is None else min(context, shape.window + chunk)
     per_head = shape.key_dim + shape.value_dim
     own = tokens * (shape.heads + shape.kv_heads) * per_head  # q and out, new k and v
-    mask = batch * chunk * length
+    mask = 2 * batch * chunk * length
     scores = 0
     if _first(text, "attn_logit_softcapping"):  # no fused kernel: scores, capped, softmax
         expanded = batch * length * shape.heads * per_head if shape.heads > shape.kv_heads else 0

@@ -108,16 +108,20 @@ def correct(
     )
     column = {name: i for i, name in enumerate(names)}
     damages = np.array([[options[t][s.allocation[t]].damage for t in targets] for s in samples])
-    members = np.zeros((len(samples), len(targets), len(names)), dtype=bool)
-    for i, sample in enumerate(samples):
-        for j, target in enumerate(targets):
-            for name in (*features[target], levels[target][sample.allocation[target]]):
-                members[i, j, column[name]] = True
+    carried = [
+        [[column[n] for n in (*features[t], levels[t][s.allocation[t]])] for t in targets]
+        for s in samples
+    ]
+    width = max(len(own) for row in carried for own in row)
+    # Factors that a target lacks point at one more parameter, which stays 0.
+    members = np.array(
+        [[own + [len(names)] * (width - len(own)) for own in row] for row in carried]
+    )
     measured = np.log([max(s.damage, 1e-12) for s in samples])
     noise = 0.03  # of a measurement, in logarithms
 
     def residuals(theta: np.ndarray) -> np.ndarray:
-        logs = members @ theta[2:]
+        logs = np.append(theta[2:], 0.0)[members].sum(-1)
         sums = np.log(np.maximum((damages * np.exp(logs)).sum(1), 1e-300))
         fitted = theta[0] + (1 + theta[1]) * sums
         return np.concatenate([(fitted - measured) / noise, theta[2:] / prior, theta[1:2] / 0.1])
