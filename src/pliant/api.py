@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pliant.budget import parse_size
 from pliant.errors import PliantError
@@ -189,27 +189,13 @@ def opened(source: Any, memory: int | str | None = None, weights: int | str | No
     if not isinstance(source, Checkpoint):
         return source
     if 4 * source.nbytes // source.dtype.itemsize > psutil.virtual_memory().available:
-        return _LayerByLayer(StreamedModel(source))
+        return StreamedModel(source).module
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
         source.directory, dtype=torch.float32, trust_remote_code=source.trust_remote_code
     )
     return model.eval()
-
-
-class _LayerByLayer(nn.Module):
-    """A model whose layers are read as they run; it shows none of them as its own, for they have
-    no storage in between.
-    """
-
-    def __init__(self, model: StreamedModel) -> None:
-        super().__init__()
-        self.config = model.config
-        self._run = model.module.__call__
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        return self._run(*arguments, **options)
 
 
 def _tokenizer(source: Any) -> Any:

@@ -79,7 +79,7 @@ def test_a_total_becomes_weights_cache_and_activations(tiny):
     assert (plan.context, plan.batch) == (64, 1)
     assert load(tiny, memory=FITTED_MEMORY).plan == plan
     assert plan.weight_bytes < model.artifact.ladder.largest_bytes
-    longer = load(tiny, memory=FITTED_MEMORY, context=100)
+    longer = load(tiny, memory=FITTED_MEMORY, context=80)
     assert longer.plan.breakdown.kv_cache > plan.breakdown.kv_cache
     assert longer.plan.weight_bytes < plan.weight_bytes
     largest = load(tiny, memory="1GiB").plan

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pliant.codes import Dense, GroupInt
 from pliant.ladder import Ladder, Proposal, Step, Writer
 from pliant.model import find_targets
+from pliant.plan.memory import activation_bytes, kv_cache_bytes
 
 torch.set_num_threads(1)
-FITTED_MEMORY = 7_660_000
 
 
 def tiny_config() -> LlamaConfig:
@@ -22,6 +22,12 @@ def tiny_config() -> LlamaConfig:
         num_attention_heads=4, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True,
         eos_token_id=2, bos_token_id=1, pad_token_id=0, max_position_embeddings=512,
     )  # fmt: skip
+
+
+# Between the smallest weights and the largest, whatever the plan reserves beside them.
+FITTED_MEMORY = (
+    kv_cache_bytes(tiny_config(), 64, 1) + activation_bytes(tiny_config(), 64, 1) + 165_000
+)
 
 
 def group_int(weight: torch.Tensor, bits: int) -> GroupInt:

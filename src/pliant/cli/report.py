@@ -167,8 +167,7 @@ def report_data(
                  "perplexity", "top-1"),
         rows=_rows(artifact, points, size),
         notes="Planned damage is a prediction for the calibration text, which by default the "
-        "model wrote itself; on other text damage is higher by a factor that varies little with "
-        "size.",
+        "model wrote itself; on other text it differs.",
     )  # fmt: skip
 
 

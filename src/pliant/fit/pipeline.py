@@ -119,7 +119,7 @@ def fit(
     model = StreamedModel(
         checkpoint, resident=checkpoint.nbytes * 4 // checkpoint.dtype.itemsize <= _RESIDENT_BYTES
     )
-    fixed = sum(tensor.nbytes for _, tensor in model.others())
+    fixed = sum(tensor.nbytes for tensor in _fixed(model).values())
     original = fixed + _numbers(model.targets) * checkpoint.dtype.itemsize
     if room >= original:
         note = (
@@ -207,7 +207,7 @@ class _Job:
         work = writer.directory / "work"
         work.mkdir(exist_ok=True)
         if not writer.has("fixed"):
-            writer.write_fixed(dict(self.model.others()))
+            writer.write_fixed(_fixed(self.model))
         ids = self._calibration(work, text) if calibrated else torch.zeros(0, 2, dtype=torch.long)
         wanted = self.recipe.search.sequences if self.recipe.search.measurements else 0
         split = min(wanted, len(ids) // 3)  # a short text is for calibration first
@@ -229,6 +229,7 @@ class _Job:
             budget={"memory": budget.memory, "context": budget.context, "batch": budget.batch},
             recipe=self.recipe.as_dict(),
             provenance={
+                "source": self.model.checkpoint.directory.name,
                 "model": self.model.checkpoint.fingerprint(),
                 "original_bytes": self.model.checkpoint.nbytes,
                 "calibration": {"sequences": len(ids), "digest": digest(ids)},
@@ -368,6 +369,11 @@ class _Job:
             and (path.name.startswith(_COPIED) or (trusted and path.suffix == ".py"))
         }
         return {**files, "recipe.yaml": self.recipe.to_yaml()}
+
+
+def _fixed(model: StreamedModel) -> dict[str, Tensor]:
+    """What every size holds, in 32 bits: how it is computed with, so that its bytes are planned."""
+    return {n: t.float() if t.is_floating_point() else t for n, t in model.others()}
 
 
 def _numbers(targets: Sequence[Target]) -> int:

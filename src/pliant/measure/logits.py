@@ -82,9 +82,9 @@ def call(model: Any, ids: Tensor) -> Tensor:
 def device_of(model: Any) -> torch.device:
     """Where a model wants its tokens."""
     if isinstance(model, nn.Module):
-        first = next(model.parameters(), None)
-        if first is not None:
-            return first.device
+        # Layers that are read as they run have none of their own: they are on meta.
+        held = (p.device for p in model.parameters() if p.device.type != "meta")
+        return next(held, torch.device("cpu"))
     return torch.device("cpu")
 
 
