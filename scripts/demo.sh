@@ -23,10 +23,21 @@ print("\n".join(topics[name] for name in ("objects", "typesfunctions", "execmode
 PY
 "$pliant" measure "$dir/smollm2-128" --against smollm2 --text "$dir/text.txt" --limit 12 \
   --json > "$dir/measured.json"
+"${BIN:-.venv/bin}/python" - "$dir/measured.json" <<'PY'
+import json, sys
+m = json.load(open(sys.argv[1]))
+low, high = m["kl_ci95"]
+print(f"  damage (KL)      {m['kl']:.3f} nats a token (95% interval {low:.3f} to {high:.3f})")
+print(f"  perplexity       {m['perplexity']:.2f}, the original's {m['perplexity_original']:.2f}")
+print(f"  same next token  {m['top1']:.1%} of {m['tokens']:,}")
+print(f"  weights          {m['weight_bytes'] / 2**20:.1f} MiB")
+print(f"  speed            {m['prefill_tps']:.0f} tokens/s read, {m['decode_tps']:.1f} written")
+PY
 "$pliant" report "$dir/smollm2-128" -o "$dir/report" --measured "$dir/measured.json"
 
 echo "== Its answer, inside 128 MiB"
-"$pliant" run "$dir/smollm2-128" "Give me three tips for learning to cook." --max-new-tokens 80
+"$pliant" run "$dir/smollm2-128" "What is the capital of France, and what is it known for?" \
+  --max-new-tokens 60
 
 echo
 echo "Pictures and the table: $dir/report/report.html"
