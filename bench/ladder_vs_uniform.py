@@ -77,17 +77,19 @@ def main() -> None:
     model = StreamedModel(checkpoint, resident=True)
     reference = Reference.of(opened_model(checkpoint), chosen, key=checkpoint.fingerprint())
     ids = calibration_ids(recipe, calibration, tokenizer)
-    rows = []
+    rows = Rows(work / "rows.json", model, reference)
     for weighted in (False, True):  # one pass of observation serves all that weigh alike
         names = [n for n, (own, _) in BASELINES.items() if own == weighted]
         variants = [(f"{n} {bits} bits", bits, BASELINES[n][1]) for n in names for bits in WIDTHS]
+        if all(name in rows.known for name, _, _ in variants):
+            continue
         for name, codes in uniform(model, ids, weighted, variants).items():
             size = sum(code.nbytes for code in codes.values())
             for target in model.targets:
                 if target.block is None:
                     codes[target.name] = Dense(model.weight(target))
             compared = coded_model(checkpoint.directory, codes, dict(model.others()))
-            rows.append(row(name, size, model, reference, compared))
+            rows.measure(name, size, compared)
             codes.clear()
 
     opened = load(out)
@@ -95,19 +97,19 @@ def main() -> None:
     outside = ladder.fixed_bytes + sum(
         own[0].nbytes for target, own in ladder.rungs.items() if is_outer(target, model)
     )
-    plain = {bits: r["linear_bytes"] for bits, r in zip(WIDTHS, rows, strict=False)}
-    wanted = {f"ladder at gptq {bits} bits": size for bits, size in plain.items()}
-    # 2.5 code bits with a group of 64: the overhead is that of 3 bits, the integers half a bit less
     numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
-    wanted["ladder at 2.5 bits"] = plain[3] - numbers // 16
-    for r in rows[3:]:
-        wanted[f"ladder at {r['name']}"] = r["linear_bytes"]
+    wanted = {f"ladder at {name}": r["linear_bytes"] for name, r in rows.known.items()}
+    wanted = {n: size for n, size in wanted.items() if not n.startswith("ladder at ladder")}
+    # 2.5 code bits with a group of 64: the overhead is that of 3 bits, the integers half a bit less
+    wanted["ladder at 2.5 bits"] = rows.known["gptq 3 bits"]["linear_bytes"] - numbers // 16
     for name, size in wanted.items():
+        if size + outside < ladder.smallest_bytes or name in rows.known:
+            continue
         opened.resize(weights=size + outside)
         used = opened.plan.weight_bytes - outside
         assert used <= size
-        rows.append(row(name, used, model, reference, opened))
-    finish(rows, arguments, numbers, str(source.name))
+        rows.measure(name, used, opened)
+    finish(list(rows.known.values()), arguments, source.name)
 
 
 def regridded_smollm2() -> Path:
@@ -164,19 +166,27 @@ def is_outer(target: str, model: StreamedModel) -> bool:
     return any(t.name == target and t.block is None for t in model.targets)
 
 
-def row(
-    name: str, size: int, model: StreamedModel, reference: Reference, compared: Any
-) -> dict[str, Any]:
-    numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
-    found = {"name": name, "linear_bytes": size, "bits": 8 * size / numbers}
-    found |= reference.damage(compared).as_dict()
-    low, high = found["kl_ci95"]
-    print(
-        f"{name:36s} {size:>10d} bytes {found['bits']:.3f} bits  KL {found['kl']:.4f} "
-        f"[{low:.4f}, {high:.4f}]  ppl {found['perplexity']:.2f}  top1 {found['top1']:.3f}",
-        flush=True,
-    )
-    return found
+class Rows:
+    """What was measured, kept in a file so that an interrupted bench goes on."""
+
+    def __init__(self, path: Path, model: StreamedModel, reference: Reference) -> None:
+        self._path, self._reference = path, reference
+        self._numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
+        self.known: dict[str, dict[str, Any]] = (
+            json.loads(path.read_text()) if path.exists() else {}
+        )
+
+    def measure(self, name: str, size: int, compared: Any) -> None:
+        found = {"name": name, "linear_bytes": size, "bits": 8 * size / self._numbers}
+        found |= self._reference.damage(compared).as_dict()
+        low, high = found["kl_ci95"]
+        print(
+            f"{name:36s} {size:>10d} bytes {found['bits']:.3f} bits  KL {found['kl']:.4f} "
+            f"[{low:.4f}, {high:.4f}]  ppl {found['perplexity']:.2f}  top1 {found['top1']:.3f}",
+            flush=True,
+        )
+        self.known[name] = found
+        self._path.write_text(json.dumps(self.known, indent=1))
 
 
 def said(stage: str, done: int, of: int) -> None:
@@ -184,7 +194,7 @@ def said(stage: str, done: int, of: int) -> None:
         print(f"  {stage}: {done}", flush=True)
 
 
-def finish(rows: list[dict[str, Any]], arguments: Any, numbers: int, model: str) -> None:
+def finish(rows: list[dict[str, Any]], arguments: Any, model: str) -> None:
     by_name = {r["name"]: r for r in rows}
     ratios = {
         "3 bits (target 0.42)": ratio(by_name, "ladder at gptq 3 bits", "gptq 3 bits"),
