@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from pliant.ladder import Artifact
 from pliant.ladder.live import load, plan_opening
 from pliant.measure import tensor_bytes
 from pliant.model import StreamedModel, open_checkpoint
+from pliant.observe import sweep as sweep_module
 from tests.fit.tiny import CONTEXT, checkpoint, memory, recipe, sums, text
 
 IDS = torch.tensor([[1, 7, 42, 100, 5, 9]])
@@ -456,3 +458,25 @@ def test_experts_that_no_text_reached_still_have_every_rung(tmp_path: Path) -> N
         assert len(artifact.ladder.rungs[name]) == 3
     last = [step.target for step in artifact.ladder.climb][-len(silent) :]
     assert set(last) <= set(silent) | {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("stage", ["_save", "_store"])
+def test_a_full_disk_is_told_and_the_run_goes_on_later(
+    stage: str, llama: Path, fitted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer inputs and gradients are work in progress too."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise full
+
+    with monkeypatch.context() as patch:
+        if stage == "_save":
+            patch.setattr(sweep_module, "_save", refuse)
+        else:
+            patch.setattr(Path, "write_bytes", refuse)
+        with pytest.raises(PliantError, match="is full"):
+            run(llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    run(llama, tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(fitted)

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from pliant.budget import Budget, format_size, parse_size
@@ -24,6 +24,7 @@ from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
 from pliant.ladder import Artifact, Proposal, Writer, check_output
 from pliant.ladder.live import Plan, check_shape, plan_opening
+from pliant.ladder.output import told_when_full
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.model.heap import release
 from pliant.observe import (
@@ -270,9 +271,7 @@ class _Job:
                 seed=self.recipe.seed,
                 progress=lambda d, of: self.report("writing text", d, of),
             )
-        temporary = path.with_suffix(".tmp")
-        save_file({"ids": text.contiguous()}, temporary)
-        temporary.replace(path)
+        _store(path, {"ids": text.contiguous()})
         return text
 
     def _resident(self) -> StreamedModel:
@@ -304,7 +303,8 @@ class _Job:
             seed=self.recipe.seed,
         )  # fmt: skip
         if not sweep.forwarded():
-            sweep.forward(lambda d, of: self.report("reading text", d, of))
+            with told_when_full(work, sweep.scratch_bytes):
+                sweep.forward(lambda d, of: self.report("reading text", d, of))
         total = len(self.model.targets)
         done = sum(len({r.target for r in writer.rungs(n)}) for n in names if writer.has(n))
         self.report("building rungs", done, total)
@@ -353,9 +353,7 @@ class _Job:
 
     def _save_gradient(self, work: Path, index: int, gradient: Tensor) -> None:
         path = work / f"gradient-{index:05d}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({"gradient": gradient}, temporary)
-        temporary.replace(path)
+        _store(path, {"gradient": gradient})
         for older in work.glob("gradient-*.safetensors"):
             if older != path:
                 older.unlink()
@@ -369,6 +367,15 @@ class _Job:
             and (path.name.startswith(_COPIED) or (trusted and path.suffix == ".py"))
         }
         return {**files, "recipe.yaml": self.recipe.to_yaml()}
+
+
+def _store(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file of work in progress, whole or not at all."""
+    raw = save(tensors)
+    temporary = path.with_suffix(".tmp")
+    with told_when_full(path.parent, len(raw)):
+        temporary.write_bytes(raw)
+        temporary.replace(path)
 
 
 def _fixed(model: StreamedModel) -> dict[str, Tensor]:

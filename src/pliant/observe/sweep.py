@@ -140,6 +140,12 @@ class Sweep:
             for t in model.targets
         }
 
+    @property
+    def scratch_bytes(self) -> int:
+        """What the layers' inputs take on disk."""
+        width = int(self._model.config.get_text_config(decoder=True).hidden_size)
+        return 2 * self._ids.numel() * width * (len(self._model.blocks) + 1)
+
     def forward(self, progress: Progress | None = None) -> Tensor:
         """Keep every layer's input; returns the last layer's output [B, T, H]."""
         scratch = self._scratch
