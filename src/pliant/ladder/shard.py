@@ -20,29 +20,13 @@ import torch
 from torch import Tensor
 
 from pliant.errors import CorruptError
+from pliant.model.shards import DTYPES
 
 ALIGNMENT = 64
 ADVICE = "copy the artifact again, or fit it again"
 _CHUNK = 1 << 20
 
-_DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +128,7 @@ def read_extent(directory: Path, extent: Extent) -> dict[str, Tensor]:
     _compare(directory, extent, hashlib.sha256(view).hexdigest())
     return {
         entry.name: buffer[entry.offset : entry.offset + _size(entry)]
-        .view(_DTYPES[entry.dtype])
+        .view(DTYPES[entry.dtype])
         .view(entry.shape)
         for entry in extent.tensors
     }
@@ -249,7 +233,7 @@ def _size(entry: Entry) -> int:
     count = 1
     for extent in entry.shape:
         count *= extent
-    return count * _DTYPES[entry.dtype].itemsize
+    return count * DTYPES[entry.dtype].itemsize
 
 
 def _open(directory: Path, extent: Extent) -> FileIO:
