@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pliant.budget import Budget, format_size, parse_size
@@ -22,6 +22,7 @@ from pliant.fit.build import build_rungs, estimate_nbytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
+from pliant.fit.scratch import put_aside, store, take_back
 from pliant.ladder import Artifact, Proposal, Writer, check_output
 from pliant.ladder.live import Plan, check_shape, plan_opening
 from pliant.ladder.output import told_when_full
@@ -29,6 +30,7 @@ from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.model.heap import release
 from pliant.observe import (
     Observation,
+    Statistics,
     Sweep,
     choose_windows,
     digest,
@@ -271,7 +273,7 @@ class _Job:
                 seed=self.recipe.seed,
                 progress=lambda d, of: self.report("writing text", d, of),
             )
-        _store(path, {"ids": text.contiguous()})
+        store(path, {"ids": text.contiguous()})
         return text
 
     def _resident(self) -> StreamedModel:
@@ -314,6 +316,8 @@ class _Job:
             heads, top = sweep.outer()
             if gradient is None:
                 gradient = top
+            heads = [put_aside(work, o) for o in heads]  # not needed until the layers are done
+            release()
         for index in range(start - 1, -1, -1):
             fresh = not writer.has(shards[index])
             seen, gradient = sweep.block(index, gradient, observe=fresh)
@@ -325,15 +329,25 @@ class _Job:
             self._save_gradient(work, index, gradient)
         if not writer.has("outer") and outer:
             sweep.look_ups(heads, gradient)
-            self._write(writer, "outer", heads, done)
+            self._write(writer, "outer", heads, done, work)
         sweep.forget()
 
     def _write(
-        self, writer: Writer, shard: str, seen: list[Observation], done: int | None = None
+        self,
+        writer: Writer,
+        shard: str,
+        seen: list[Observation],
+        done: int | None = None,
+        aside: Path | None = None,
     ) -> None:
         proposals: list[Proposal] = []
+        # The widest first: its moments are the largest, and no codes are held yet. Statistics go
+        # as soon as the rungs are made.
+        seen.sort(key=lambda observation: -observation.target.shape[1])
         while seen:
-            observation = seen.pop(0)  # its statistics go as soon as its rungs are made
+            observation = seen.pop(0)
+            if aside is not None:
+                observation = take_back(aside, observation)
             proposals += build_rungs(self.model, observation, self.specs[observation.target.name])
             if done is not None:
                 done += 1
@@ -353,7 +367,7 @@ class _Job:
 
     def _save_gradient(self, work: Path, index: int, gradient: Tensor) -> None:
         path = work / f"gradient-{index:05d}.safetensors"
-        _store(path, {"gradient": gradient})
+        store(path, {"gradient": gradient})
         for older in work.glob("gradient-*.safetensors"):
             if older != path:
                 older.unlink()
@@ -369,15 +383,6 @@ class _Job:
         return {**files, "recipe.yaml": self.recipe.to_yaml()}
 
 
-def _store(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file of work in progress, whole or not at all."""
-    raw = save(tensors)
-    temporary = path.with_suffix(".tmp")
-    with told_when_full(path.parent, len(raw)):
-        temporary.write_bytes(raw)
-        temporary.replace(path)
-
-
 def _fixed(model: StreamedModel) -> dict[str, Tensor]:
     """What every size holds, in 32 bits: how it is computed with, so that its bytes are planned."""
     return {n: t.float() if t.is_floating_point() else t for n, t in model.others()}
@@ -388,8 +393,6 @@ def _numbers(targets: Sequence[Target]) -> int:
 
 
 def _unseen(target: Target) -> Observation:
-    from pliant.observe import Statistics
-
     return Observation(target, Statistics())
 
 

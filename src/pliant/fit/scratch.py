@@ -1,0 +1,45 @@
+"""Work in progress on disk: what a fit needs later, or again after an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from pliant.ladder.output import told_when_full
+from pliant.observe import Observation, Statistics
+from pliant.observe.statistics import FIELDS
+
+
+def store(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file of work in progress, whole or not at all."""
+    raw = save(tensors)
+    temporary = path.with_suffix(".tmp")
+    with told_when_full(path.parent, len(raw)):
+        temporary.write_bytes(raw)
+        temporary.replace(path)
+
+
+def _aside(work: Path, observation: Observation) -> Path:
+    rows = observation.target.rows or (0, 0)
+    return work / f"outer-{observation.target.role}-{rows[0]}.safetensors"
+
+
+def put_aside(work: Path, observation: Observation) -> Observation:
+    """The observation without its tensors, which go to disk."""
+    statistics = {n: getattr(observation.statistics, n) for n in sorted(FIELDS)}
+    pairs = {"inputs": observation.inputs, "gradients": observation.gradients}
+    held = {n: t.contiguous() for n, t in (statistics | pairs).items() if t is not None}
+    store(_aside(work, observation), held)
+    light = Statistics(tokens=observation.statistics.tokens)
+    return dataclasses.replace(observation, statistics=light, inputs=None, gradients=None)
+
+
+def take_back(work: Path, observation: Observation) -> Observation:
+    """What `_put_aside` put aside."""
+    held = load_file(_aside(work, observation))
+    pairs = {n: held.pop(n, None) for n in ("inputs", "gradients")}
+    statistics = Statistics(tokens=observation.statistics.tokens, **held)
+    return dataclasses.replace(observation, statistics=statistics, **pairs)
