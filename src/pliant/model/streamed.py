@@ -122,15 +122,22 @@ class StreamedModel:
     def _parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The stored form of a parameter, substitutes in place; in the compute dtype if none."""
         dtype = dtype or self.dtype
-        targets = self._by_parameter.get(name, [])
-        given = [self._substitute(target) if self._substitute else None for target in targets]
-        if targets and all(weight is not None for weight in given):
-            stored = torch.empty(self._meta_of(name).shape, dtype=dtype)
-        else:
-            stored = self._reader.read(name).to(dtype)
-        for target, weight in zip(targets, given, strict=True):
-            if weight is not None:
-                target.slice(stored).copy_(weight)
+        stored: Tensor | None = None
+        theirs = []
+        for target in self._by_parameter.get(name, []):  # one decoded slice in memory at a time
+            weight = self._substitute(target) if self._substitute else None
+            if weight is None:
+                theirs.append(target)
+                continue
+            if stored is None:
+                stored = torch.empty(self._meta_of(name).shape, dtype=dtype)
+            target.slice(stored).copy_(weight)
+        if stored is None:
+            return self._reader.read(name).to(dtype)
+        if theirs:
+            original = self._reader.read(name)
+            for target in theirs:
+                target.slice(stored).copy_(target.slice(original))
         return stored
 
     def _meta_of(self, name: str) -> Tensor:
@@ -173,12 +180,8 @@ class StreamedModel:
                 self.module.get_submodule(path)._parameters[leaf] = placed
 
     def _outer_stand_in(self, name: str, targets: list[Target]) -> StoredWeight:
-        given = [self._substitute(target) if self._substitute else None for target in targets]
-        if any(weight is not None for weight in given):
-            # Not widened: in 32 bits a large vocabulary would be the largest thing in memory.
-            tensor = self._parameter(name, self.checkpoint.dtype)
-        else:
-            tensor = self._reader.read(name)
+        # Not widened: in 32 bits a large vocabulary would be the largest thing in memory.
+        tensor = self._parameter(name, self.checkpoint.dtype)
         stand_in = StoredWeight(tensor, self.dtype)
         tag(stand_in, targets)
         return stand_in
