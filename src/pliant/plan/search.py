@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,6 +140,3 @@ def spaced(low: int, high: int, count: int) -> list[int]:
         return [int(math.sqrt(low * high))] * count
     ratio = (high / low) ** (1 / (count - 1))
     return [int(low * ratio**i) for i in range(count)]
-
-
-Evaluate = Callable[[Allocation], float]
