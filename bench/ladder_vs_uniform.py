@@ -12,7 +12,7 @@ All calibrate on the same windows of the text's last 30% and are measured on its
 without changing its function (regrid.py says how and why). The ladder is one artifact, opened at
 each baseline's linear bytes, and at 2.5 bits' bytes.
 
-    python bench/ladder_vs_uniform.py --text wikitext2-test.txt [--windows 32] [--effort normal]
+    python bench/ladder_vs_uniform.py --text wikitext2-test.txt [--windows 32] [--effort balanced]
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, help="WikiText-2's raw test split")
     parser.add_argument("--model", default=None, help="HF directory; default: regridded SmolLM2")
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--effort", default="normal")
+    parser.add_argument("--effort", default="balanced")
     parser.add_argument("--work", default=None, help="directory that keeps the artifact")
     arguments = parser.parse_args()
     source = Path(arguments.model) if arguments.model else regridded_smollm2()

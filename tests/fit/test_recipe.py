@@ -24,7 +24,7 @@ def read(tmp_path: Path, text: str) -> Recipe:
     return read_recipe(path, default_recipe())
 
 
-@pytest.mark.parametrize("effort", ["quick", "normal", "best"])
+@pytest.mark.parametrize("effort", ["quick", "balanced", "best"])
 def test_yaml_and_back(effort: str, tmp_path: Path) -> None:
     recipe = default_recipe(effort, text="some.txt", seed=5)
     assert read(tmp_path, recipe.to_yaml()) == recipe
@@ -137,14 +137,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_effort() -> None:
-    with pytest.raises(RecipeError, match="quick, normal or best"):
+    with pytest.raises(RecipeError, match="quick, balanced or best"):
         default_recipe("fast")
-    counts = [default_recipe(e).search.measurements for e in ("quick", "normal", "best")]
+    counts = [default_recipe(e).search.measurements for e in ("quick", "balanced", "best")]
     assert counts == sorted(set(counts))
 
 
 def test_default_rungs_work_and_rise_in_bits() -> None:
-    for effort in ("quick", "normal", "best"):
+    for effort in ("quick", "balanced", "best"):
         (rule,) = default_recipe(effort).rules
         for spec in rule.rungs:
             spec.check()

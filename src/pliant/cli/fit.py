@@ -39,8 +39,11 @@ def fit(
         typer.Option(metavar="FILE", help="YAML that forces methods and options on targets."),
     ] = None,
     effort: Annotated[
-        str, typer.Option(metavar="quick|normal|best", help="How much to observe and measure.")
-    ] = "normal",
+        str, typer.Option(metavar="quick|balanced|best", help="How much work to put into it.")
+    ] = "balanced",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda", help="Where to compute.")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan; write nothing.")
@@ -69,6 +72,7 @@ def fit(
             text=text,
             recipe=recipe,
             effort=effort,
+            device=device,
             seed=seed,
             dry_run=dry_run,
             overwrite=overwrite,

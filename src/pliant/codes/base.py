@@ -64,7 +64,9 @@ class Code(ABC):
         return next((t.device for t in self.tensors().values()), torch.device("cpu"))
 
     def to(self, device: torch.device | str) -> Code:
-        """The same code on another device."""
+        """The same code on another device; itself when it is there."""
+        if self.device == torch.device(device):
+            return self
         moved = {key: tensor.to(device) for key, tensor in self.tensors().items()}
         return from_tensors(self.meta(), moved)
 

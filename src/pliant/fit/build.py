@@ -33,14 +33,14 @@ def build_rungs(
         method, options = usable(spec, observation)
         code: Code
         if method == KEEP:
-            code = Dense(weight.to(model.checkpoint.dtype))
+            code = Dense(weight.to(model.checkpoint.dtype, copy=True))
         else:
             code = find(method).function(weight, observation.statistics, **options)
         error = code.decode(torch.float32).sub_(weight)
         damage = observation.damage(error) + _UNSEEN * float(error.norm() / (norm or 1.0)) ** 2
         if not math.isfinite(damage):
             raise PliantError(f"{method} on {target.name} gave values that are not finite")
-        made.append(Proposal(target.name, method, options, code, damage))
+        made.append(Proposal(target.name, method, options, code.to("cpu"), damage))
     return made
 
 

@@ -31,7 +31,7 @@ class Evaluator:
 
         def weight(target: Target) -> Tensor | None:
             code = code_of(target)
-            return None if code is None else code.decode(torch.float32)
+            return None if code is None else code.to(self._model.device).decode(torch.float32)
 
         total, count = 0.0, 0
         with self._model.substitute(weight):

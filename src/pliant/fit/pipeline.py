@@ -19,6 +19,7 @@ from torch import Tensor
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
 from pliant.fit.build import build_rungs, estimate_nbytes
+from pliant.fit.device import find_device, resident_bytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
@@ -42,7 +43,6 @@ from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weig
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
 
-_RESIDENT_BYTES = 1 << 30  # of weights in float32: so much is kept between passes
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
            "generation_config", "config.json", "LICENSE")  # fmt: skip
 
@@ -83,7 +83,8 @@ def fit(
     batch: int = 1,
     text: str | Path | None = None,
     recipe: Recipe | str | Path | None = None,
-    effort: str = "normal",
+    effort: str = "balanced",
+    device: str = "auto",
     seed: int = 0,
     dry_run: bool = False,
     overwrite: bool = False,
@@ -94,8 +95,9 @@ def fit(
 
     source: a Hugging Face directory, a hub id, a .gguf file, or "smollm2". memory: everything
     that the running model holds at `context` tokens and `batch` sequences. text: calibration
-    text, a file or data set; without it the model writes its own from `seed`. An interrupted run
-    goes on when it is called again with the same arguments. Raises PliantError and its kinds.
+    text, a file or data set; without it the model writes its own from `seed`. effort: quick,
+    balanced or best. device: where it computes; "auto" is a GPU when there is one. An interrupted
+    run goes on when it is called again with the same arguments. Raises PliantError and its kinds.
     """
     budget = Budget(parse_size(memory), context, batch)
     if out is None and not dry_run:
@@ -119,9 +121,9 @@ def fit(
     check_shape(checkpoint.config, context, batch)
     room = weights_budget(checkpoint.config, budget)
     note = ""
-    model = StreamedModel(
-        checkpoint, resident=checkpoint.nbytes * 4 // checkpoint.dtype.itemsize <= _RESIDENT_BYTES
-    )
+    place = find_device(device)
+    widened = checkpoint.nbytes * 4 // checkpoint.dtype.itemsize
+    model = StreamedModel(checkpoint, resident=widened <= resident_bytes(place), device=place)
     fixed = sum(tensor.nbytes for tensor in _fixed(model).values())
     original = fixed + _numbers(model.targets) * checkpoint.dtype.itemsize
     if room >= original:
@@ -283,7 +285,9 @@ class _Job:
         checkpoint = self.model.checkpoint
         if 2 * checkpoint.nbytes > psutil.virtual_memory().available:
             return self.model
-        return StreamedModel(checkpoint, dtype=torch.bfloat16, resident=True)
+        return StreamedModel(
+            checkpoint, dtype=torch.bfloat16, resident=True, device=self.model.device
+        )
 
     def _build(self, writer: Writer, work: Path, ids: Tensor) -> None:
         """Every shard of rungs, from the last layer to the first."""
@@ -347,7 +351,7 @@ class _Job:
         while seen:
             observation = seen.pop(0)
             if aside is not None:
-                observation = take_back(aside, observation)
+                observation = take_back(aside, observation, self.model.device)
             proposals += build_rungs(self.model, observation, self.specs[observation.target.name])
             if done is not None:
                 done += 1
@@ -362,7 +366,7 @@ class _Job:
         for index in range(blocks):
             path = work / f"gradient-{index:05d}.safetensors"
             if path.exists():
-                return index, load_file(path)["gradient"]
+                return index, load_file(path, device=str(self.model.device))["gradient"]
         return blocks, None
 
     def _save_gradient(self, work: Path, index: int, gradient: Tensor) -> None:

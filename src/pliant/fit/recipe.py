@@ -114,6 +114,23 @@ class Search(_Strict):
     sequences: int = Field(default=2, ge=1)
 
 
+class Tune(_Strict):
+    """Training of all rungs together after the climb is known; no steps: none.
+
+    bits: weights of sizes between these, in bits a weight, are trained. rate: of integers, in
+    steps of their grid; scale_rate: of scales, relative. batch: sequences a step, `at_once` of
+    them in memory. sequences: of text to train on.
+    """
+
+    steps: int = Field(default=0, ge=0)
+    sequences: int = Field(default=1024, ge=1)
+    batch: int = Field(default=16, ge=1)
+    at_once: int = Field(default=16, ge=1)
+    rate: float = Field(default=4e-3, gt=0)
+    scale_rate: float = Field(default=2e-3, gt=0)
+    bits: tuple[float, float] = (0.0, 5.0)
+
+
 class Recipe(_Strict):
     """Everything that decides an artifact's bytes, beside the model, the text and the budget.
 
@@ -126,6 +143,7 @@ class Recipe(_Strict):
     weighted: bool = True
     calibration: Calibration = Calibration()
     search: Search = Search()
+    tune: Tune = Tune()
     rules: tuple[Rule, ...] = ()
 
     def rungs(self, target: Target) -> tuple[RungSpec, ...]:
@@ -151,10 +169,10 @@ class Recipe(_Strict):
         return found
 
 
-Effort = Literal["quick", "normal", "best"]
+Effort = Literal["quick", "balanced", "best"]
 _EFFORTS: dict[str, tuple[Calibration, Search]] = {
     "quick": (Calibration(sequences=8), Search(measurements=8, sequences=1)),
-    "normal": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
+    "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
     "best": (Calibration(sequences=96), Search(measurements=64, sequences=6)),
 }
 
@@ -166,10 +184,10 @@ def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
     )
 
 
-def default_recipe(effort: str = "normal", *, text: str | None = None, seed: int = 0) -> Recipe:
-    """What `fit` uses when nothing is forced. effort: quick, normal or best."""
+def default_recipe(effort: str = "balanced", *, text: str | None = None, seed: int = 0) -> Recipe:
+    """What `fit` uses when nothing is forced. effort: quick, balanced or best."""
     if effort not in _EFFORTS:
-        raise RecipeError(f"effort is quick, normal or best, not {effort!r}")
+        raise RecipeError(f"effort is quick, balanced or best, not {effort!r}")
     calibration, search = _EFFORTS[effort]
     rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64), _gptq(5, 64, 8)]
     if effort == "best":
@@ -194,7 +212,7 @@ def read_recipe(path: str | Path, base: Recipe) -> Recipe:
     if not isinstance(given, dict):
         raise RecipeError(f"the recipe {path} must be a mapping with version, rules, ...")
     merged = base.as_dict()
-    for key in ("calibration", "search"):
+    for key in ("calibration", "search", "tune"):
         if isinstance(given.get(key), dict):
             given[key] = merged[key] | given[key]
     if not isinstance(given.get("rules") or [], list):

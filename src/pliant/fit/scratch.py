@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -37,9 +38,9 @@ def put_aside(work: Path, observation: Observation) -> Observation:
     return dataclasses.replace(observation, statistics=light, inputs=None, gradients=None)
 
 
-def take_back(work: Path, observation: Observation) -> Observation:
-    """What `_put_aside` put aside."""
-    held = load_file(_aside(work, observation))
+def take_back(work: Path, observation: Observation, device: torch.device) -> Observation:
+    """What `put_aside` put aside, on `device`."""
+    held = load_file(_aside(work, observation), device=str(device))
     pairs = {n: held.pop(n, None) for n in ("inputs", "gradients")}
     statistics = Statistics(tokens=observation.statistics.tokens, **held)
     return dataclasses.replace(observation, statistics=statistics, **pairs)

@@ -24,6 +24,7 @@ from pliant.codes import (
 from pliant.kernels.dispatch import matmul, register
 
 SCRATCH = 2**20  # bytes of decoded rows held at once, beside the tiles that a code decodes by
+GPU_SCRATCH = 2**28  # on a GPU, where a launch costs as much as decoding some 100,000 weights
 
 
 @register(Code)  # type: ignore[type-abstract]
@@ -50,7 +51,8 @@ def group_int(x: Tensor, code: Code) -> Tensor:
 
 def _tiles(x: Tensor, code: Code) -> Iterator[slice]:
     out, width = code.shape
-    step = max(1, SCRATCH // max(width * x.element_size(), 1))
+    scratch = SCRATCH if x.device.type == "cpu" else GPU_SCRATCH
+    step = max(1, scratch // max(width * x.element_size(), 1))
     for start in range(0, out, step):
         yield slice(start, min(start + step, out))
 
@@ -58,7 +60,7 @@ def _tiles(x: Tensor, code: Code) -> Iterator[slice]:
 @register(Dense)
 def dense(x: Tensor, code: Code) -> Tensor:
     assert isinstance(code, Dense)
-    if code.values.dtype == x.dtype:
+    if code.values.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, code.values)
     return by_row_tiles(x, code)
 

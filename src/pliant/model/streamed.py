@@ -33,6 +33,7 @@ class StreamedModel:
 
     Everything outside the layers is resident, the embedding and head in the checkpoint's dtype.
     With `resident`, layers stay once they were loaded (for models that fit in memory as they are).
+    `device`: where layers are put and run.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class StreamedModel:
         checkpoint: Checkpoint,
         dtype: torch.dtype = torch.float32,
         resident: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.checkpoint = checkpoint
         self.dtype = dtype
+        self.device = torch.device(device)
         self.resident = resident
         self.module: Any = empty_model(checkpoint.config, checkpoint.trust_remote_code)
         self.config: Any = self.module.config
@@ -69,13 +72,14 @@ class StreamedModel:
     # Weights
 
     def weight(self, target: Target) -> Tensor:
-        """The original weight of `target`, canonical [out, in], float32."""
+        """The original weight of `target`, canonical [out, in], float32, on the device."""
         if target.rows is not None:
-            return self._reader.read(target.parameter, target.rows).float()
+            return self._reader.read(target.parameter, target.rows).to(self.device).float()
         if target.expert is not None:
             stored = self._reader.read_expert(target.parameter, target.expert)
         else:
             stored = self._reader.read(target.parameter)
+        stored = stored.to(self.device)
         return (stored.t() if target.transposed else stored).float().contiguous()
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
@@ -130,10 +134,10 @@ class StreamedModel:
                 theirs.append(target)
                 continue
             if stored is None:
-                stored = torch.empty(self._meta_of(name).shape, dtype=dtype)
+                stored = torch.empty(self._meta_of(name).shape, dtype=dtype, device=self.device)
             target.slice(stored).copy_(weight)
         if stored is None:
-            return self._reader.read(name).to(dtype)
+            return self._reader.read(name).to(self.device, dtype)
         if theirs:
             original = self._reader.read(name)
             for target in theirs:
@@ -162,6 +166,10 @@ class StreamedModel:
         for name, buffer in _persistent_buffers(self.module):
             if name in self._reader:
                 buffer.copy_(self._reader.read(name))
+        if self.device.type != "cpu":
+            for name, buffer in list(self.module.named_buffers()):
+                path, _, leaf = name.rpartition(".")
+                self.module.get_submodule(path)._buffers[leaf] = buffer.to(self.device)
 
     def _load_outer(self) -> None:
         inside = tuple(path + "." for path in self.blocks)
@@ -309,7 +317,8 @@ class StreamedModel:
         """A forward pass in which `on_block` answers for every layer; logits, or empty if ended."""
         before, self._on_block = self._on_block, on_block
         try:
-            logits: Tensor = self.module(input_ids=input_ids, use_cache=False).logits
+            ids = input_ids.to(self.device)
+            logits: Tensor = self.module(input_ids=ids, use_cache=False).logits
             return logits
         except _Stop:
             return torch.empty(0)

@@ -35,13 +35,14 @@ def write_text(
             "the original does not fit into memory to write its own calibration text; "
             "pass a text file with --text"
         )
-    generator = torch.Generator().manual_seed(seed)
+    device = model.device
+    generator = torch.Generator(device).manual_seed(seed)
     vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-    first = torch.randint(vocabulary, (sequences, 1), generator=generator)
+    first = torch.randint(vocabulary, (sequences, 1), generator=generator, device=device)
     start = model.config.get_text_config(decoder=True).bos_token_id
     if isinstance(start, int):
         first[:] = start
-    ids = torch.empty(sequences, length, dtype=torch.long)
+    ids = torch.empty(sequences, length, dtype=torch.long, device=device)
     ids[:, :1] = first
     cache: Any = DynamicCache(config=model.config)
     step = first
@@ -54,7 +55,7 @@ def write_text(
             ids[:, position : position + 1] = step
             if progress is not None:
                 progress(position + 1, length)
-    return ids
+    return ids.cpu()
 
 
 def choose_windows(windows: Tensor, count: int, *, seed: int = 0) -> Tensor:

@@ -44,7 +44,7 @@ class Accumulator:
         if "second_moment" in self._needs:
             # Tokens whose output matters to the likelihood count for more: with weights |g|^2
             # the layer's error is the loss's second-order change under a block-diagonal Fisher.
-            weight = squared.sum(1, keepdim=True) if self._weighted else torch.ones(len(x), 1)
+            weight = squared.sum(1, keepdim=True) if self._weighted else x.new_ones(len(x), 1)
             self._weight += float(weight.sum())
             self._add_product("second_moment", x * weight, x)
         if "fisher" in self._needs:
@@ -76,7 +76,7 @@ class Accumulator:
     def _add_product(self, name: str, left: Tensor, right: Tensor) -> None:
         """Add left^T right in place: the sum is as large as a weight, and is held once."""
         if name not in self._sums:
-            self._sums[name] = torch.zeros(left.shape[1], right.shape[1])
+            self._sums[name] = left.new_zeros(left.shape[1], right.shape[1])
         self._sums[name].addmm_(left.t(), right)
 
     def _raise(self, name: str, value: Tensor) -> None:

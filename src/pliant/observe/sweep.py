@@ -174,8 +174,9 @@ class Sweep:
         gradients' second moments are the Fisher information of the model, not of the text.
         """
         watch = self._watch()
-        generator = torch.Generator().manual_seed(self._seed)
-        gradient = torch.empty(*self._ids.shape, self._width())
+        device = self._model.device
+        generator = torch.Generator(device).manual_seed(self._seed)
+        gradient = torch.empty(*self._ids.shape, self._width(), device=device)
         vocabulary = int(self._model.config.get_text_config(decoder=True).vocab_size)
         step = max(1, _LOGITS_BYTES // (4 * vocabulary))  # the backward pass holds several copies
         with self._model.linear_calls(watch.on_linear):
@@ -219,7 +220,7 @@ class Sweep:
         ids, rows = self._ids.flatten(), gradient.flatten(0, 1)
         for seen in observations:
             if seen.target.kind == "embedding" and seen.target.shape[1] == rows.shape[1]:
-                seen.looked_up = (ids, rows)
+                seen.looked_up = (ids.to(rows.device), rows)
 
     def forget(self) -> None:
         """Remove what the pass left in `scratch`."""
@@ -244,7 +245,7 @@ class Sweep:
                 file.seek(2 * start * length * width)
                 raw = bytearray(file.read(2 * size * length * width))
             part = torch.frombuffer(raw, dtype=torch.bfloat16).view(size, length, width)
-            yield slice(start, start + size), part.to(self._model.dtype)
+            yield slice(start, start + size), part.to(self._model.device, self._model.dtype)
 
 
 def _ignore(target: Target, x: Tensor, y: Tensor) -> None:
@@ -255,5 +256,7 @@ def _save(path: Path, hidden: Tensor) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
         for row in hidden:
-            file.write(row.detach().bfloat16().contiguous().view(torch.int16).numpy().tobytes())
+            file.write(
+                row.detach().bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
+            )
     temporary.replace(path)

@@ -113,6 +113,8 @@ def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order:
     size = width if grid.group_size <= 0 else grid.group_size
     scales = grid.scales[rows].t().contiguous()  # [groups, rows]
     zeros = grid.zeros[rows].t().contiguous()
+    if columns.is_cuda:
+        return _round_on_gpu(columns, scales, zeros, order // size, factor, grid.top)
     inverses = 1.0 / scales.clamp_min(1e-12)
     group = (order // size).tolist()
     diagonal = factor.diagonal().tolist()
@@ -131,4 +133,23 @@ def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order:
                 columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1.0)
         if end < width:
             columns[end:].addmm_(factor[begin:end, end:].t(), errors[: end - begin], alpha=-1.0)
+    return chosen
+
+
+def _round_on_gpu(
+    columns: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, factor: Tensor, top: int
+) -> Tensor:
+    """As `_round_tile`, a block of columns a launch instead of some 150."""
+    from pliant.kernels.triton.feedback import BLOCK, round_block
+
+    width = columns.shape[0]
+    factor, group = factor.contiguous(), group.to(torch.int32)
+    chosen = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
+    errors = columns.new_empty(BLOCK, columns.shape[1])
+    for begin in range(0, width, BLOCK):
+        count = min(BLOCK, width - begin)
+        end = begin + count
+        round_block(columns, chosen, errors, scales, zeros, group, factor, begin, count, top)
+        if end < width:
+            columns[end:].addmm_(factor[begin:end, end:].t(), errors[:count], alpha=-1.0)
     return chosen

@@ -1,0 +1,1 @@
+"""Kernels in Triton: imported only where a GPU (or Triton's interpreter) is there to run them."""

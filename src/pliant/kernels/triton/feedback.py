@@ -1,0 +1,70 @@
+"""Rounding a block of columns with error feedback: GPTQ's inner loop in one launch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 32  # columns of a launch
+_ROWS = 64
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _feedback(  # type: ignore[no-untyped-def]
+    columns, chosen, errors, scales, zeros, groups, factor,
+    begin, count, rows, width, top,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    index = tl.arange(0, BLOCK)
+    here = (begin + index).to(tl.int64) * rows
+    held = (index < count)[:, None] & inside[None, :]
+    tile = tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+    for i in range(count):
+        column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
+        group = tl.load(groups + begin + i).to(tl.int64)
+        scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
+        zero = tl.load(zeros + group * rows + row, mask=inside, other=0.0)
+        # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
+        q = tl.floor(column / tl.maximum(scale, 1e-12) + zero + 0.5)
+        q = tl.minimum(tl.maximum(q, 0.0), top)
+        at = (begin + i).to(tl.int64)
+        diagonal = tl.load(factor + at * width + at)
+        error = (column - (q - zero) * scale) / diagonal
+        tl.store(chosen + at * rows + row, q.to(tl.uint8), mask=inside)
+        tl.store(errors + i * rows + row, error, mask=inside)
+        spread = tl.load(
+            factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
+        )
+        tile -= spread[:, None] * error[None, :]
+
+
+def round_block(
+    columns: Tensor,  # [in, rows] float32, read
+    chosen: Tensor,  # [in, rows] uint8, its rows begin:begin + count are written
+    errors: Tensor,  # [BLOCK, rows] float32, its first `count` rows are written
+    scales: Tensor,  # [groups, rows] float32
+    zeros: Tensor,  # [groups, rows] float32
+    groups: Tensor,  # [in] int32, the group of each column
+    factor: Tensor,  # [in, in] upper triangular float32
+    begin: int,
+    count: int,
+    top: int,
+) -> None:
+    """Round columns begin to begin + count in order, each one's error fed to those after it.
+
+    errors gets what is left to feed to columns beyond the block, divided by factor's diagonal.
+    All tensors contiguous, on one GPU.
+    """
+    width, rows = columns.shape
+    grid = (triton.cdiv(rows, _ROWS),)
+    with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
+        _feedback[grid](
+            columns, chosen, errors, scales, zeros, groups, factor,
+            begin, count, rows, width, float(top), BLOCK=BLOCK, ROWS=_ROWS,
+        )  # fmt: skip

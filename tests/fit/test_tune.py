@@ -1,0 +1,103 @@
+"""Tuning: the ladder gets closer to the original, its sizes stay what they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pliant.codes import GroupInt
+from pliant.errors import PliantError
+from pliant.fit import fit
+from pliant.fit.evaluate import Evaluator
+from pliant.fit.recipe import Tune
+from pliant.fit.tune import retuned, tune
+from pliant.ladder import Artifact
+from pliant.methods import find
+from pliant.methods.latent import LatentInt
+from pliant.model import StreamedModel, Target, open_checkpoint
+from pliant.observe import Statistics, write_text
+from tests.fit.tiny import CONTEXT, memory, recipe
+
+
+def code(weight: torch.Tensor, **options: object) -> GroupInt:
+    made = find("rtn").function(weight, Statistics(), group_size=16, **options)
+    assert isinstance(made, GroupInt)
+    return made
+
+
+@pytest.mark.parametrize("scale_bits", [16, 6])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_latent_starts_as_its_code_and_encodes_what_it_computes(
+    bits: int, scale_bits: int
+) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(12, 40)
+    start = code(weight, bits=bits, scale_bits=scale_bits)
+    latent = LatentInt(start, weight)
+    torch.testing.assert_close(latent.weight(), start.decode(), rtol=1e-6, atol=1e-7)
+    with torch.no_grad():
+        latent.position += torch.randn_like(latent.position)
+        latent.log_scale += 0.1 * torch.randn_like(latent.log_scale)
+    encoded = latent.encode()
+    torch.testing.assert_close(latent.weight(), encoded.decode(), rtol=1e-6, atol=1e-7)
+    assert encoded.nbytes == start.nbytes
+    assert not torch.equal(encoded.decode(), start.decode())
+
+
+def test_gradients_pass_straight_through_rounding_and_stop_outside_the_grid() -> None:
+    weight = torch.linspace(-1, 1, 32).view(1, 32)
+    latent = LatentInt(code(weight, bits=2), weight)
+    with torch.no_grad():
+        latent.position[0, 0, 0] = 7.0
+    latent.weight().sum().backward()  # type: ignore[no-untyped-call]
+    assert latent.position.grad is not None
+    assert latent.log_scale.grad is not None
+    scales = latent.log_scale.exp()
+    assert latent.position.grad[0, 0, 0] == 0
+    torch.testing.assert_close(latent.position.grad[0, 0, 1], scales[0, 0], rtol=0.02, atol=0)
+    assert latent.log_scale.grad.abs().min() > 0
+
+
+def test_tuning_lowers_damage_at_every_size_and_changes_no_size(
+    llama: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(llama)
+    fit(
+        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
+    )
+    artifact = Artifact.open(tmp_path / "out")
+    model = StreamedModel(checkpoint, resident=True)
+    ids = write_text(model, 80, 32, seed=3)
+    settings = Tune(steps=80, batch=16, at_once=8, rate=1e-2, scale_rate=5e-3, bits=(0.0, 16.0))
+    tuned = tune(model, artifact.ladder, artifact.load_code, ids[:64], settings)
+    assert tuned
+    after = retuned(artifact.load_code, tuned)
+    evaluator = Evaluator(model, ids[64:])  # text that tuning has not seen
+    ladder = artifact.ladder
+    low, high = ladder.smallest_bytes, ladder.largest_bytes
+    for size in (low, (5 * low + high) // 6):
+        allocation = ladder.allocation(size)
+
+        def at(load: object, chosen: dict[str, int] = allocation) -> float:
+            def code_of(target: Target) -> object:
+                return load(target.name, chosen[target.name])  # type: ignore[operator]
+
+            return evaluator.damage(code_of)  # type: ignore[arg-type]
+
+        assert at(after) < 0.95 * at(artifact.load_code)
+    for (target, index), made in tuned.items():
+        assert made.nbytes == artifact.load_code(target, index).nbytes
+
+
+def test_too_little_text_to_tune_on_is_said(llama: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(llama)
+    fit(
+        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
+    )
+    artifact = Artifact.open(tmp_path / "out")
+    model = StreamedModel(checkpoint, resident=True)
+    with pytest.raises(PliantError, match="16 sequences a step; the text has 3"):
+        tune(model, artifact.ladder, artifact.load_code, torch.zeros(3, 8, dtype=torch.long),
+             Tune(steps=1))  # fmt: skip
