@@ -12,7 +12,7 @@ from torch import Tensor
 from pliant.budget import parse_size
 from pliant.errors import PliantError
 from pliant.fit import FitResult, fit
-from pliant.ladder import Artifact, Ladder
+from pliant.ladder import Artifact
 from pliant.ladder.document import FILE_NAME
 from pliant.ladder.live import Plan, plan_opening
 from pliant.measure import WINDOW, load_text, split, windows
@@ -112,7 +112,7 @@ def inspect(
         "breakdown": opening.breakdown.as_dict(),
         "weight_bytes": opening.weight_bytes,
         "bits": bits_of(artifact, opening.weight_bytes),
-        "damage": damage_at(ladder, opening.weight_bytes),
+        "damage": ladder.damage_at(opening.weight_bytes),
         "smallest_bytes": ladder.smallest_bytes,
         "largest_bytes": ladder.largest_bytes,
         "original_bytes": artifact.provenance.get("original_bytes"),
@@ -155,14 +155,6 @@ def bits_of(artifact: Artifact, weight_bytes: int) -> float:
     """Bits a weight, fixed tensors and scales included."""
     numbers: int = sum(t["shape"][0] * t["shape"][1] for t in artifact.targets)
     return 8 * weight_bytes / numbers
-
-
-def damage_at(ladder: Ladder, weight_bytes: int) -> float:
-    """Predicted damage of the longest prefix of the climb in `weight_bytes`."""
-    return min(
-        (damage for size, damage in ladder.frontier() if size <= weight_bytes),
-        default=ladder.start_damage,
-    )
 
 
 def find(source: Any, trust_remote_code: bool = False) -> Any:

@@ -10,15 +10,16 @@ import torch
 from pliant.codes import GroupInt
 from pliant.errors import PliantError
 from pliant.fit import fit
+from pliant.fit import tune as tune_module
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.recipe import Tune
-from pliant.fit.tune import retuned, tune
+from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.methods import find
 from pliant.methods.latent import LatentInt
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.observe import Statistics, write_text
-from tests.fit.tiny import CONTEXT, memory, recipe
+from tests.fit.tiny import CONTEXT, memory, recipe, sums
 
 
 def code(weight: torch.Tensor, **options: object) -> GroupInt:
@@ -73,7 +74,10 @@ def test_tuning_lowers_damage_at_every_size_and_changes_no_size(
     settings = Tune(steps=80, batch=16, at_once=8, rate=1e-2, scale_rate=5e-3, bits=(0.0, 16.0))
     tuned = tune(model, artifact.ladder, artifact.load_code, ids[:64], settings)
     assert tuned
-    after = retuned(artifact.load_code, tuned)
+
+    def after(target: str, index: int) -> object:
+        return tuned.get((target, index)) or artifact.load_code(target, index)
+
     evaluator = Evaluator(model, ids[64:])  # text that tuning has not seen
     ladder = artifact.ladder
     low, high = ladder.smallest_bytes, ladder.largest_bytes
@@ -89,6 +93,37 @@ def test_tuning_lowers_damage_at_every_size_and_changes_no_size(
         assert at(after) < 0.95 * at(artifact.load_code)
     for (target, index), made in tuned.items():
         assert made.nbytes == artifact.load_code(target, index).nbytes
+
+
+class Stop(Exception):
+    pass
+
+
+def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Tune(steps=12, sequences=16, batch=8, at_once=8, bits=(0.0, 16.0))
+    trained = recipe().model_copy(update={"tune": settings})
+    config = open_checkpoint(llama).config
+    options = {"recipe": trained, "context": CONTEXT}
+    fit(llama, memory(config, 90_000), tmp_path / "whole", **options)
+
+    def interrupt(stage: str, done: int, of: int) -> None:
+        if stage == "training" and done == 7:
+            raise Stop
+
+    monkeypatch.setattr(tune_module, "_SAVE_SECONDS", 0.0)
+    with pytest.raises(Stop):
+        fit(llama, memory(config, 90_000), tmp_path / "cut", **options, progress=interrupt)
+    done: list[int] = []
+    fit(
+        llama, memory(config, 90_000), tmp_path / "cut", **options,
+        progress=lambda stage, d, of: done.append(d) if stage == "training" else None,
+    )  # fmt: skip
+    assert done[0] == 7, "the seventh step was not saved when the run was cut in it"
+    assert sums(tmp_path / "cut") == sums(tmp_path / "whole")
+    fit(llama, memory(config, 90_000), tmp_path / "plain", recipe=recipe(), context=CONTEXT)
+    assert sums(tmp_path / "plain") != sums(tmp_path / "whole")
 
 
 def test_too_little_text_to_tune_on_is_said(llama: Path, tmp_path: Path) -> None:

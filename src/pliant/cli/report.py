@@ -146,7 +146,7 @@ def report_data(
     artifact: Artifact, opening: Plan, points: list[dict[str, Any]], title: str | None = None
 ) -> ReportData:
     """The artifact as plain data, with the sizes that were measured."""
-    from pliant.api import allocation, bits_of, damage_at
+    from pliant.api import allocation, bits_of
     from pliant.measure.report import Cell, Measured, ReportData
 
     cells = allocation(artifact, opening)
@@ -158,7 +158,7 @@ def report_data(
         batch=opening.batch,
         breakdown=opening.breakdown.as_dict(),
         frontier=list(artifact.ladder.frontier()),
-        opened=(size, damage_at(artifact.ladder, size)),
+        opened=(size, artifact.ladder.damage_at(size)),
         original_bytes=int(artifact.provenance.get("original_bytes", 0)),
         allocation=[Cell(c["role"], c["block"], c["bits"], c["numbers"]) for c in cells],
         measured=[Measured(p["bytes"], p["kl"], p["low"], p["high"], p["series"]) for p in points],
@@ -173,7 +173,7 @@ def report_data(
 
 def _rows(artifact: Artifact, points: list[dict[str, Any]], opened: int) -> list[list[Any]]:
     """Measured sizes, and the climb's where none was measured."""
-    from pliant.api import bits_of, climb_summary, damage_at
+    from pliant.api import bits_of, climb_summary
 
     sizes = {p["weight_bytes"] for p in climb_summary(artifact)} | {opened}
     rows: dict[int, dict[str, Any]] = {size: {} for size in sizes} if not points else {}
@@ -181,7 +181,7 @@ def _rows(artifact: Artifact, points: list[dict[str, Any]], opened: int) -> list
     table = []
     for size, found in sorted(rows.items()):
         low, high, top1 = found.get("low"), found.get("high"), found.get("top1")
-        planned = damage_at(artifact.ladder, size)
+        planned = artifact.ladder.damage_at(size)
         table.append(
             [format_size(size) + (" (open)" if size == opened else ""),
              f"{bits_of(artifact, size):.2f}", f"{planned:.3g}",

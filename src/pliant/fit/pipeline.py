@@ -6,10 +6,8 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -23,9 +21,11 @@ from pliant.fit.device import find_device, resident_bytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
+from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
-from pliant.ladder import Artifact, Proposal, Writer, check_output
-from pliant.ladder.live import Plan, check_shape, plan_opening
+from pliant.fit.training import trained_rungs, training_text
+from pliant.ladder import Ladder, Proposal, Rung, Writer, check_output
+from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.model.heap import release
@@ -40,38 +40,12 @@ from pliant.observe import (
     write_text,
 )
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weights_budget
+from pliant.plan.search import Correction, Sample
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
 
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
            "generation_config", "config.json", "LICENSE")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What `fit` made, or with `dry_run` would make.
-
-    planned_bytes: everything that the model holds when it runs in the budget. damage: predicted,
-    nats a token. smallest_bytes and largest_bytes: weights at the ladder's ends.
-    """
-
-    path: Path | None
-    budget_bytes: int
-    planned_bytes: int
-    breakdown: Breakdown
-    damage: float | None
-    bits: float
-    targets: int
-    rungs: int
-    smallest_bytes: int
-    largest_bytes: int
-    original_bytes: int
-    note: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        found = dataclasses.asdict(self)
-        found["path"] = None if self.path is None else str(self.path)
-        return found
 
 
 def fit(
@@ -110,7 +84,10 @@ def fit(
         trust_remote_code=trust_remote_code,
         progress=lambda what, d, of: report(what, d, of),
     )
-    base = default_recipe(effort, text=None if text is None else str(text), seed=seed)
+    place = find_device(device)
+    base = default_recipe(
+        effort, text=None if text is None else str(text), seed=seed, gpu=place.type == "cuda"
+    )
     if isinstance(recipe, Recipe):
         base = recipe
     elif recipe is not None:
@@ -121,7 +98,6 @@ def fit(
     check_shape(checkpoint.config, context, batch)
     room = weights_budget(checkpoint.config, budget)
     note = ""
-    place = find_device(device)
     widened = checkpoint.nbytes * 4 // checkpoint.dtype.itemsize
     model = StreamedModel(checkpoint, resident=widened <= resident_bytes(place), device=place)
     fixed = sum(tensor.nbytes for tensor in _fixed(model).values())
@@ -218,13 +194,13 @@ class _Job:
         split = min(wanted, len(ids) // 3)  # a short text is for calibration first
         held_out, ids = ids[:split], ids[split:]
         self._build(writer, work, ids)
-        rungs = distinct(writer.all_rungs())
-        samples = measure_samples(
-            writer, lambda: Evaluator(self.model, held_out), rungs, self.model.targets,
-            self.recipe.search.measurements if len(held_out) else 0,
-            seed=self.recipe.seed, progress=lambda d, of: self.report("measuring", d, of),
-        )  # fmt: skip
-        ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        rungs = distinct(writer.all_rungs(*self._shards()))
+        ladder, correction, samples = self._plan(writer, rungs, held_out)
+        if self.recipe.tune.steps and len(ids):
+            own = ids if self.recipe.calibration.text is not None else ids[:0]
+            text = training_text(self._resident(), self.recipe, own, work, self.report)
+            rungs = trained_rungs(writer, self.model, ladder, text, self.recipe, work, self.report)
+            ladder, correction, samples = self._plan(writer, rungs, held_out, "trained")
         self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
         self.report("writing", 0, 1)
         path = writer.finish(
@@ -244,6 +220,19 @@ class _Job:
         )
         self.report("writing", 1, 1)
         return summary(path, note)
+
+    def _plan(
+        self, writer: Writer, rungs: dict[str, list[Rung]], held_out: Tensor, name: str = "samples"
+    ) -> tuple[Ladder, Correction, list[Sample]]:
+        """The climb over `rungs`, after a few whole models were measured."""
+        samples = measure_samples(
+            writer, lambda: Evaluator(self.model, held_out), rungs, self.model.targets,
+            self.recipe.search.measurements if len(held_out) else 0,
+            seed=self.recipe.seed, name=name,
+            progress=lambda d, of: self.report("measuring", d, of),
+        )  # fmt: skip
+        ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        return ladder, correction, samples
 
     def _key(self, text: Tensor | None) -> str:
         """What decides the rungs and their order; the budget does not."""
@@ -280,21 +269,28 @@ class _Job:
 
     def _resident(self) -> StreamedModel:
         """A model whose layers all stay in memory, if that can be."""
-        if self.model.resident:
+        on_gpu = self.model.device.type == "cuda"
+        if self.model.resident and not on_gpu:
             return self.model
         checkpoint = self.model.checkpoint
-        if 2 * checkpoint.nbytes > psutil.virtual_memory().available:
+        if not on_gpu and 2 * checkpoint.nbytes > psutil.virtual_memory().available:
             return self.model
         return StreamedModel(
             checkpoint, dtype=torch.bfloat16, resident=True, device=self.model.device
         )
 
+    def _shards(self) -> list[str]:
+        """Names of the shards for rungs: one a layer, and one for what is outside the layers."""
+        outer = any(target.block is None for target in self.model.targets)
+        layers = [f"block-{index:05d}" for index in range(len(self.model.blocks))]
+        return [*layers, *(["outer"] if outer else [])]
+
     def _build(self, writer: Writer, work: Path, ids: Tensor) -> None:
         """Every shard of rungs, from the last layer to the first."""
         blocks = len(self.model.blocks)
         outer = [t for t in self.model.targets if t.block is None]
-        shards = [f"block-{i:05d}" for i in range(blocks)]
-        names = [*shards, *(["outer"] if outer else [])]
+        names = self._shards()
+        shards = names[:blocks]
         if all(writer.has(name) for name in names):
             return
         if not len(ids):
@@ -398,21 +394,3 @@ def _numbers(targets: Sequence[Target]) -> int:
 
 def _unseen(target: Target) -> Observation:
     return Observation(target, Statistics())
-
-
-def summary(path: str | Path, note: str = "") -> FitResult:
-    """The FitResult of an artifact on disk, at the budget that it was fitted for."""
-    artifact = Artifact.open(path)
-    plan: Plan = plan_opening(artifact)
-    ladder = artifact.ladder
-    damage = ladder.start_damage
-    for size, after in ladder.frontier():
-        if size <= plan.weight_bytes:
-            damage = after
-    numbers = sum(t["shape"][0] * t["shape"][1] for t in artifact.targets)
-    return FitResult(
-        Path(path), plan.memory or plan.planned_bytes, plan.planned_bytes, plan.breakdown, damage,
-        8 * plan.weight_bytes / numbers, len(ladder.rungs),
-        sum(len(rungs) for rungs in ladder.rungs.values()), ladder.smallest_bytes,
-        ladder.largest_bytes, int(artifact.provenance.get("original_bytes", 0)), note,
-    )  # fmt: skip

@@ -57,10 +57,14 @@ def measure_samples(
     count: int,
     *,
     seed: int,
+    name: str = "samples",
     progress: Progress | None = None,
 ) -> list[Sample]:
-    """`count` whole models around the climb, measured; those of an interrupted run are kept."""
-    done: list[dict[str, Any]] = list(writer.state("samples") or [])
+    """`count` whole models around the climb, measured; those of an interrupted run are kept.
+
+    name: under which the writer keeps them.
+    """
+    done: list[dict[str, Any]] = list(writer.state(name) or [])
     options = options_of(rungs)
     if not count or all(len(own) == 1 for own in options.values()):
         return []
@@ -78,7 +82,7 @@ def measure_samples(
             code_lookup(allocation, lambda target, i: writer.load_code(rungs[target][i]))
         )
         done.append({"allocation": allocation, "damage": damage})
-        writer.save_state("samples", done)
+        writer.save_state(name, done)
     if progress is not None:
         progress(count, count)
     return [Sample(s["allocation"], s["damage"]) for s in done[:count]]

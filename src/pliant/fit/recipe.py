@@ -175,6 +175,7 @@ _EFFORTS: dict[str, tuple[Calibration, Search]] = {
     "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
     "best": (Calibration(sequences=96), Search(measurements=64, sequences=6)),
 }
+_TRAINED = 1000  # steps of the best effort on a GPU
 
 
 def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
@@ -184,8 +185,14 @@ def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
     )
 
 
-def default_recipe(effort: str = "balanced", *, text: str | None = None, seed: int = 0) -> Recipe:
-    """What `fit` uses when nothing is forced. effort: quick, balanced or best."""
+def default_recipe(
+    effort: str = "balanced", *, text: str | None = None, seed: int = 0, gpu: bool = False
+) -> Recipe:
+    """What `fit` uses when nothing is forced. effort: quick, balanced or best.
+
+    gpu: one is there to compute on. The best effort trains only then: a step takes about a
+    minute on two cores.
+    """
     if effort not in _EFFORTS:
         raise RecipeError(f"effort is quick, balanced or best, not {effort!r}")
     calibration, search = _EFFORTS[effort]
@@ -197,6 +204,7 @@ def default_recipe(effort: str = "balanced", *, text: str | None = None, seed: i
         seed=seed,
         calibration=calibration.model_copy(update={"text": text}),
         search=search,
+        tune=Tune(steps=_TRAINED if gpu and effort == "best" else 0),
         rules=(Rule(targets="*", rungs=tuple(rungs)),),
     )
 

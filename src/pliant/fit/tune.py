@@ -11,153 +11,226 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pliant.codes import Code, Dense, GroupInt
 from pliant.errors import PliantError
 from pliant.fit.recipe import Tune
 from pliant.ladder import Ladder
+from pliant.ladder.output import told_when_full
 from pliant.methods.latent import LatentInt
 from pliant.model import StreamedModel, coded_model, swap
 
 Progress = Callable[[int, int], None]
+Load = Callable[[str, int], Code]
 Key = tuple[str, int]  # target, rung
+
+_SAVE_SECONDS = 300.0
 
 
 def tune(
     model: StreamedModel,
     ladder: Ladder,
-    load: Callable[[str, int], Code],
+    load: Load,
     ids: Tensor,
     settings: Tune,
     *,
     seed: int = 0,
+    work: Path | None = None,
     progress: Progress | None = None,
-    log: Callable[[int, float, float], None] | None = None,
 ) -> dict[Key, Code]:
     """The rungs that training changed, by target and index, each of as many bytes as before.
 
-    model: the original, resident on its device. ids: text [n, T]. log: (step, bits, KL).
+    model: the original, resident on its device. ids: text [n, T]. work: a directory where the
+    state is kept every five minutes, and taken up again. PliantError when the text is shorter
+    than a step's batch.
     """
     if len(ids) < settings.batch:
         raise PliantError(
             f"tuning takes {settings.batch} sequences a step; the text has {len(ids)}"
         )
-    device = model.device
-    targets = {target.name: target for target in model.targets}
-    numbers = sum(t.shape[0] * t.shape[1] for t in model.targets)
-    sizes = _sizes(ladder, settings, numbers)
-    latents = _latents(model, ladder, load, sizes)
-    student = coded_model(
-        model.config,
-        {name: Dense(torch.zeros(t.shape, dtype=torch.bfloat16)) for name, t in targets.items()},
-        dict(model.others()),
-    ).to(device)
-    held: dict[str, int] = {}
-    groups = [
-        {"params": [latent.position for latent in latents.values()], "rate": settings.rate},
-        {"params": [latent.log_scale for latent in latents.values()], "rate": settings.scale_rate},
-    ]
-    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.99), foreach=True)
-    hidden = _teacher(model, ids)
-    chooser = random.Random(seed)
-    order = _batches(len(ids), settings.batch, seed)
-    for step in range(settings.steps):
-        warm = min(1.0, (step + 1) / max(1, settings.steps // 20))
-        decay = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    low, high = trained_sizes(ladder, settings)
+    latents = _latents(model, ladder, load, low, high)
+    student = _Student(model, ladder, load, latents)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [latent.position for latent in latents.values()], "rate": settings.rate},
+            {"params": [latent.log_scale for latent in latents.values()],
+             "rate": settings.scale_rate},
+        ],
+        lr=0.0, betas=(0.9, 0.99), foreach=True,
+    )  # fmt: skip
+    path = None if work is None else work / "tuning.safetensors"
+    start = 0 if path is None or not path.exists() else _take_up(path, optimizer)
+    saved = time.monotonic()
+    hidden = _last_hidden(model, ids)
+    plan = _plan(len(ids), settings, (low, high), seed)
+    for step, (size, rows) in islice(enumerate(plan), start, None):
         for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * warm * decay
-        size = chooser.randint(sizes[0], sizes[1])
-        weights: list[Tensor] = []  # with the graph back to their latents
-        leaves: list[Tensor] = []  # what the student holds, so that gradients add up over parts
-        for name, index in ladder.allocation(size).items():
-            if (name, index) in latents:
-                held.pop(name, None)
-                weights.append(latents[name, index].weight())
-                leaves.append(weights[-1].detach().bfloat16().requires_grad_(True))
-                swap(student, targets[name], Dense(leaves[-1]))
-            elif held.get(name) != index:
-                held[name] = index
-                decoded = load(name, index).to(device).decode(torch.bfloat16)
-                swap(student, targets[name], Dense(decoded))
-        rows = next(order)
-        total = 0.0
+            group["lr"] = group["rate"] * _schedule(step, settings.steps)
         optimizer.zero_grad(set_to_none=True)
+        student.go_to(size)
         for part in torch.split(rows, settings.at_once):
-            loss = _divergence(model, student, ids[part].to(device), hidden[part].to(device))
-            loss = loss * (len(part) / len(rows))
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        pairs = [
-            (w, leaf.grad) for w, leaf in zip(weights, leaves, strict=True) if leaf.grad is not None
-        ]  # an expert may see no token
-        torch.autograd.backward([w for w, _ in pairs], [g.float() for _, g in pairs])
+            loss = _divergence(model, student.module, ids[part], hidden[part])
+            (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+        student.backward()
         optimizer.step()
-        if log is not None:
-            log(step, 8 * size / numbers, total)
         if progress is not None:
             progress(step + 1, settings.steps)
+        if path is not None and time.monotonic() - saved > _SAVE_SECONDS:
+            _save(path, optimizer, step + 1)
+            saved = time.monotonic()
     return {key: latent.encode().to("cpu") for key, latent in latents.items()}
 
 
-def _sizes(ladder: Ladder, settings: Tune, numbers: int) -> tuple[int, int]:
-    """The smallest and the largest size, in bytes of weights, that are trained."""
-    low, high = (int(bits * numbers / 8) for bits in settings.bits)
-    return max(low, ladder.smallest_bytes), max(
-        min(high, ladder.largest_bytes), ladder.smallest_bytes
-    )
+def trained_sizes(ladder: Ladder, settings: Tune) -> tuple[int, int]:
+    """The smallest and the largest size, in bytes of weights, that are trained.
+
+    `settings.bits` are bits a weight of the targets that have a choice.
+    """
+    chosen = {target: rungs for target, rungs in ladder.rungs.items() if len(rungs) > 1}
+    numbers = sum(math.prod(rungs[0].meta["shape"]) for rungs in chosen.values())
+    rest = ladder.smallest_bytes - sum(rungs[0].nbytes for rungs in chosen.values())
+    low, high = (rest + int(bits * numbers / 8) for bits in settings.bits)
+    low = max(low, ladder.smallest_bytes)
+    return low, max(low, min(high, ladder.largest_bytes))
+
+
+class _Student:
+    """The model at one size after another, its trained rungs as differentiable matrices."""
+
+    def __init__(
+        self, model: StreamedModel, ladder: Ladder, load: Load, latents: dict[Key, LatentInt]
+    ) -> None:
+        self._model, self._ladder, self._load, self._latents = model, ladder, load, latents
+        # 16 bits where the multiply is done in them.
+        self._dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        empty = torch.zeros((), dtype=self._dtype)
+        codes: dict[str, Code] = {t.name: Dense(empty.expand(t.shape)) for t in model.targets}
+        self.module = coded_model(model.config, codes, dict(model.others())).to(model.device)
+        self._held: dict[str, int] = {}
+        self._weights: list[Tensor] = []  # with the graph back to their latents
+        self._leaves: list[Tensor] = []  # what the module holds: gradients add up over parts
+
+    def go_to(self, size: int) -> None:
+        """Hold the ladder's rungs for `size` bytes of weights."""
+        self._weights, self._leaves = [], []
+        for name, index in self._ladder.allocation(size).items():
+            latent = self._latents.get((name, index))
+            if latent is not None:
+                self._held.pop(name, None)
+                weight = latent.weight()
+                leaf = weight.detach().to(self._dtype).requires_grad_(True)
+                self._weights.append(weight)
+                self._leaves.append(leaf)
+                swap(self.module, name, Dense(leaf))
+            elif self._held.get(name) != index:
+                self._held[name] = index
+                code = self._load(name, index).to(self._model.device)
+                swap(self.module, name, Dense(code.decode(self._dtype)))
+
+    def backward(self) -> None:
+        """Carry the gradients that the module's matrices have gathered to the latents."""
+        pairs = [
+            (weight, leaf.grad.float())
+            for weight, leaf in zip(self._weights, self._leaves, strict=True)
+            if leaf.grad is not None  # an expert may have seen no token
+        ]
+        torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
 
 
 def _latents(
-    model: StreamedModel,
-    ladder: Ladder,
-    load: Callable[[str, int], Code],
-    sizes: tuple[int, int],
+    model: StreamedModel, ladder: Ladder, load: Load, low: int, high: int
 ) -> dict[Key, LatentInt]:
     """A latent for each group-integer rung that the climb holds between both sizes."""
-    first, last = ladder.allocation(sizes[0]), ladder.allocation(sizes[1])
+    first, last = ladder.allocation(low), ladder.allocation(high)
     found = {}
     for target in model.targets:
         weight = model.weight(target)
         for rung in ladder.rungs[target.name]:
             if first[target.name] <= rung.index <= last[target.name]:
-                code = load(target.name, rung.index).to(model.device)
+                code = load(target.name, rung.index)
                 if isinstance(code, GroupInt):
+                    code = code.to(model.device)
+                    assert isinstance(code, GroupInt)
                     found[target.name, rung.index] = LatentInt(code, weight)
+    if not found:
+        raise PliantError("tuning trains group integers, and the ladder has none in its range")
     return found
 
 
-def _teacher(model: StreamedModel, ids: Tensor) -> Tensor:
+def _last_hidden(model: StreamedModel, ids: Tensor) -> Tensor:
     """The original's last hidden states [n, T, H] in 16 bits, in main memory."""
-    parts = [model.capture(part).bfloat16().cpu() for part in torch.split(ids, 32)]
-    return torch.cat(parts)
+    return torch.cat([model.capture(part).bfloat16().cpu() for part in torch.split(ids, 32)])
 
 
-def _divergence(model: StreamedModel, student: object, ids: Tensor, hidden: Tensor) -> Tensor:
+def _divergence(
+    model: StreamedModel, student: torch.nn.Module, ids: Tensor, hidden: Tensor
+) -> Tensor:
     """Mean KL, nats a token, of the student from the original on ids [b, T]."""
+    device = model.device
     with torch.no_grad():
-        original = model.tail(hidden.to(model.dtype)).float().log_softmax(-1)
-    with torch.autocast(ids.device.type, torch.bfloat16):
-        logits = student(input_ids=ids, use_cache=False).logits  # type: ignore[operator]
+        original = model.tail(hidden.to(device, model.dtype)).float().log_softmax(-1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        logits = student(input_ids=ids.to(device), use_cache=False).logits
     theirs = logits.float().log_softmax(-1)
     return torch.nn.functional.kl_div(
         theirs.flatten(0, 1), original.flatten(0, 1), reduction="batchmean", log_target=True
     )
 
 
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Indices of sequences, `size` at a time, every epoch in another order."""
+def _plan(
+    count: int, settings: Tune, sizes: tuple[int, int], seed: int
+) -> list[tuple[int, Tensor]]:
+    """The size and the sequences of every step; each epoch takes the text in another order."""
+    chooser = random.Random(seed)
     generator = torch.Generator().manual_seed(seed)
-    while True:
+    steps: list[tuple[int, Tensor]] = []
+    while len(steps) < settings.steps:
         order = torch.randperm(count, generator=generator)
-        yield from (part for part in torch.split(order, size) if len(part) == size)
+        for rows in torch.split(order, settings.batch):
+            if len(rows) == settings.batch and len(steps) < settings.steps:
+                steps.append((chooser.randint(*sizes), rows))
+    return steps
 
 
-def retuned(
-    load: Callable[[str, int], Code], tuned: Mapping[Key, Code]
-) -> Callable[[str, int], Code]:
-    """`load` with the tuned codes in the place of those that they came from."""
-    return lambda target, index: tuned.get((target, index)) or load(target, index)
+def _schedule(step: int, steps: int) -> float:
+    """Share of the rate: up over the first twentieth, then down as a cosine."""
+    rise = min(1.0, (step + 1) / max(1, steps // 20))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _save(path: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {"step": torch.tensor(step)}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, parameter in enumerate(parameters):
+        tensors[f"{index}.value"] = parameter.detach()
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{index}.{name}"] = value
+    temporary = path.with_suffix(".tmp")
+    with told_when_full(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+        save_file(tensors, temporary)
+        temporary.replace(path)
+
+
+def _take_up(path: Path, optimizer: torch.optim.Optimizer) -> int:
+    """Put a saved state back; the number of steps that are done."""
+    tensors = load_file(path)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    with torch.no_grad():
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(tensors.pop(f"{index}.value"))
+    for name, value in tensors.items():
+        index, _, what = name.partition(".")
+        if what:
+            parameter = parameters[int(index)]
+            place = "cpu" if what == "step" else parameter.device
+            optimizer.state[parameter][what] = value.to(place)
+    return int(tensors["step"])

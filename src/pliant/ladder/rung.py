@@ -104,6 +104,11 @@ class Ladder:
             at[step.target] = step.rung
             yield size, step.damage
 
+    def damage_at(self, weight_bytes: int) -> float:
+        """Predicted damage of the longest prefix of the climb in `weight_bytes`."""
+        return min((damage for size, damage in self.frontier() if size <= weight_bytes),
+                   default=self.start_damage)  # fmt: skip
+
     def allocation(self, weight_bytes: int) -> Allocation:
         """The rung of every target when all weights together may take `weight_bytes`.
 

@@ -113,11 +113,12 @@ class Writer:
         """The rungs in a finished shard."""
         return list(self._journal.shards[_file_name(shard)].rungs)
 
-    def all_rungs(self) -> dict[str, list[Rung]]:
-        """Rungs of all finished shards by target, bytes rising."""
+    def all_rungs(self, *shards: str) -> dict[str, list[Rung]]:
+        """Rungs by target, bytes rising: of `shards`, or of all finished ones."""
         found: dict[str, list[Rung]] = {}
-        for _, finished in sorted(self._journal.shards.items()):
-            for rung in finished.rungs:
+        wanted = {_file_name(shard) for shard in shards}
+        for name, finished in sorted(self._journal.shards.items()):
+            for rung in finished.rungs if not wanted or name in wanted else ():
                 found.setdefault(rung.target, []).append(rung)
         return found
 

@@ -73,7 +73,8 @@ def _as_stored(scales: Tensor, bits: int) -> Tensor:
     if bits == 16:
         return scales.half().float()
     top = 2**bits - 1
-    unit = (scales.amax(1, keepdim=True) * (2**bits / top)).half().float() * 2.0**-bits
+    largest = scales.amax(1, keepdim=True) * (2**bits / top)
+    unit: Tensor = largest.half().float() * 2.0**-bits
     return (scales / unit).round_().clamp_(1, top).mul_(unit)
 
 
