@@ -195,12 +195,17 @@ class _Job:
         held_out, ids = ids[:split], ids[split:]
         self._build(writer, work, ids)
         rungs = distinct(writer.all_rungs(*self._shards()))
-        ladder, correction, samples = self._plan(writer, rungs, held_out)
-        if self.recipe.tune.steps and len(ids):
+        trains = bool(self.recipe.tune.steps and len(ids))
+        # A climb to train along may be rough: it is planned again when training is done.
+        count = self.recipe.search.measurements // (3 if trains else 1)
+        ladder, correction, samples = self._plan(writer, rungs, held_out, count)
+        if trains:
             own = ids if self.recipe.calibration.text is not None else ids[:0]
             text = training_text(self._resident(), self.recipe, own, work, self.report)
             rungs = trained_rungs(writer, self.model, ladder, text, self.recipe, work, self.report)
-            ladder, correction, samples = self._plan(writer, rungs, held_out, "trained")
+            ladder, correction, samples = self._plan(
+                writer, rungs, held_out, self.recipe.search.measurements, "trained"
+            )
         self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
         self.report("writing", 0, 1)
         path = writer.finish(
@@ -222,12 +227,17 @@ class _Job:
         return summary(path, note)
 
     def _plan(
-        self, writer: Writer, rungs: dict[str, list[Rung]], held_out: Tensor, name: str = "samples"
+        self,
+        writer: Writer,
+        rungs: dict[str, list[Rung]],
+        held_out: Tensor,
+        count: int,
+        name: str = "samples",
     ) -> tuple[Ladder, Correction, list[Sample]]:
         """The climb over `rungs`, after a few whole models were measured."""
         samples = measure_samples(
             writer, lambda: Evaluator(self.model, held_out), rungs, self.model.targets,
-            self.recipe.search.measurements if len(held_out) else 0,
+            count if len(held_out) else 0,
             seed=self.recipe.seed, name=name,
             progress=lambda d, of: self.report("measuring", d, of),
         )  # fmt: skip

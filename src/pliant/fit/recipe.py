@@ -173,7 +173,7 @@ Effort = Literal["quick", "balanced", "best"]
 _EFFORTS: dict[str, tuple[Calibration, Search]] = {
     "quick": (Calibration(sequences=8), Search(measurements=8, sequences=1)),
     "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
-    "best": (Calibration(sequences=96), Search(measurements=64, sequences=6)),
+    "best": (Calibration(sequences=96), Search(measurements=48, sequences=6)),
 }
 _TRAINED = 1000  # steps of the best effort on a GPU
 
@@ -197,14 +197,15 @@ def default_recipe(
         raise RecipeError(f"effort is quick, balanced or best, not {effort!r}")
     calibration, search = _EFFORTS[effort]
     rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64), _gptq(5, 64, 8)]
-    if effort == "best":
+    trains = gpu and effort == "best"
+    if effort == "best" and not trains:  # trained rungs: the fewer, the more often each is trained
         rungs[3:4] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
     rungs += [_gptq(6, 64, 8), _gptq(8, 64, 8)]
     return Recipe(
         seed=seed,
         calibration=calibration.model_copy(update={"text": text}),
         search=search,
-        tune=Tune(steps=_TRAINED if gpu and effort == "best" else 0),
+        tune=Tune(steps=_TRAINED if trains else 0),
         rules=(Rule(targets="*", rungs=tuple(rungs)),),
     )
 

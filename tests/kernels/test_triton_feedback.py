@@ -1,0 +1,50 @@
+"""GPTQ's inner loop as one launch gives the integers of the loop it replaces.
+
+Without a GPU it runs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+pytest.importorskip("triton")
+
+from pliant.methods.grid import fit_grid
+from pliant.methods.quantize import gptq
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (64, 96, 0), (3, 33, 16)])
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True)])
+def test_integers_are_those_of_the_loop(
+    out: int, width: int, group_size: int, bits: int, symmetric: bool
+) -> None:
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, width, generator=generator).to(DEVICE)
+    x = torch.randn(256, width, generator=generator).to(DEVICE)
+    moment = x.t() @ x / 256
+    grid = fit_grid(weight, bits, group_size, symmetric=symmetric)
+    factor, order = gptq.inverse_factor(moment)
+    size = group_size or width
+    columns = weight.t()[order].contiguous()
+    scales, zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
+    launched = gptq._round_on_gpu(columns.clone(), scales, zeros, order // size, factor, grid.top)
+    looped = gptq._round_tile(
+        columns.cpu(), _on_cpu(grid), slice(0, out), factor.cpu(), order.cpu()
+    )
+    same = (launched.cpu() == looped).float().mean()
+    assert same > 0.995, "only values between two integers may differ, by the order of additions"
+    if bits == 4:
+        assert launched.float().std() > 1  # it rounded to many integers
+
+
+def _on_cpu(grid: object) -> object:
+    import dataclasses
+
+    return dataclasses.replace(grid, scales=grid.scales.cpu(), zeros=grid.zeros.cpu())  # type: ignore[type-var,attr-defined]
