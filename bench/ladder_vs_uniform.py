@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from observing import linear_observations
 from pliant.api import opened as opened_model
 from pliant.codes import Code, Dense, GroupInt
 from pliant.fit import fit
@@ -35,7 +36,7 @@ from pliant.fit.recipe import KEEP, Calibration, Recipe, Rule, RungSpec, default
 from pliant.measure import Reference
 from pliant.methods import find
 from pliant.model import StreamedModel, cache_directory, coded_model, open_checkpoint
-from pliant.observe import Sweep, choose_windows, load_text, split, windows
+from pliant.observe import choose_windows, load_text, split, windows
 from pliant.run import load
 from regrid import regrid
 
@@ -144,21 +145,14 @@ def uniform(
     """GPTQ of every linear, group 64, for each variant (name, bits, options)."""
     gptq = find("gptq").function
     codes: dict[str, dict[str, Code]] = {name: {} for name, _, _ in variants}
-    needs = {t.name: frozenset({"second_moment"}) for t in model.targets if t.block is not None}
-    with tempfile.TemporaryDirectory() as scratch:
-        sweep = Sweep(model, ids, Path(scratch), needs=needs, weighted=weighted)
-        sweep.forward()
-        _, gradient = sweep.outer()
-        for index in reversed(range(len(model.blocks))):
-            seen, gradient = sweep.block(index, gradient)
-            for observation in seen:
-                weight = model.weight(observation.target)
-                # alike damping next to each other: it is what the factor depends on
-                for name, bits, options in variants:
-                    code = gptq(weight, observation.statistics, bits=bits, group_size=64, **options)
-                    assert isinstance(code, GroupInt)
-                    codes[name][observation.target.name] = code
-            print(f"  layer {index}", end="\r", flush=True)
+    for seen in linear_observations(model, ids, frozenset({"second_moment"}), weighted):
+        weight = model.weight(seen.target)
+        # alike damping next to each other: it is what the factor depends on
+        for name, bits, options in variants:
+            code = gptq(weight, seen.statistics, bits=bits, group_size=64, **options)
+            assert isinstance(code, GroupInt)
+            codes[name][seen.target.name] = code
+        print(f"  {seen.target.name:60s}", end="\r", flush=True)
     return codes
 
 

@@ -1,17 +1,22 @@
-"""Every method of the catalog on a real model: bytes and damage, all linear layers alike.
+"""Every method of the catalog on a real model: bytes, damage, time, and GPTQ at the same bytes.
 
     python bench/methods.py --text wikitext2-test.txt [--windows 12] [--sequences 8]
+                            [--device cuda] [--only PART] [--work DIR]
 
-Same copy of SmolLM2, same calibration windows (last 30% of the text), same evaluation windows
-(first 60%, second half scored) for all; embedding and head are left as they are. Writes
-docs/methods.md. Rows next to each other show what a paper's idea adds to the row before it.
+All linear layers alike; embedding and head are left as they are. Same copy of SmolLM2, same
+calibration windows (last 30% of the text), same evaluation windows (first 60%, second half scored)
+for all. GPTQ is measured at ten sizes; between them its damage is interpolated, the logarithm over
+bits. Rows that were measured are kept in --work and not measured again. Writes docs/methods.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
-import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +24,19 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ladder_vs_uniform import regridded_smollm2
+from methods_rows import CURVE, ROWS, Row
+from observing import build_all, linear_numbers, linear_observations
 from pliant.api import opened as opened_model
-from pliant.codes import Code, Dense
+from pliant.codes import Dense
+from pliant.errors import PliantError
 from pliant.fit.recipe import RungSpec
 from pliant.measure import Reference
 from pliant.methods import catalog, find
 from pliant.model import StreamedModel, coded_model, open_checkpoint
-from pliant.observe import Sweep, choose_windows, load_text, split, windows
+from pliant.observe import Observation, choose_windows, load_text, split, windows
 
-DOCS = Path(__file__).parent.parent / "docs" / "methods.md"
-ROWS: list[tuple[str, dict[str, Any]]] = [
-    ("rtn", {"bits": 3, "clip": False}),
-    ("rtn", {"bits": 3}),
-    ("gptq", {"bits": 3}),
-    ("squeezellm", {"bits": 3, "outliers": 0.0, "sensitive": 0.0}),
-    ("squeezellm", {"bits": 3}),
-    ("lorc", {"base": "rtn", "bits": 3, "rank": 16}),
-    ("eora", {"base": "rtn", "bits": 3, "rank": 16}),
-    ("eora", {"base": "gptq", "bits": 3, "rank": 16}),
-    ("rtn", {"bits": 4, "group_size": 256, "clip": False}),
-    ("super_weight", {"bits": 4, "group_size": 256}),
-    ("rtn", {"bits": 8, "group_size": 0, "symmetric": True, "clip": False}),
-    ("llm_int8", {}),
-]
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs" / "methods.md"
 
 
 def main() -> None:
@@ -50,61 +45,100 @@ def main() -> None:
     parser.add_argument("--model", default=None)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--work", default=str(HERE / "results"), help="keeps methods.json")
     arguments = parser.parse_args()
     source = Path(arguments.model) if arguments.model else regridded_smollm2()
-    checkpoint = open_checkpoint(source)
-    tokenizer, text = checkpoint.tokenizer(), load_text(arguments.text)
-    ids = choose_windows(windows(split(text, "calibration"), tokenizer), arguments.sequences)
-    found = windows(split(text, "evaluation"), tokenizer)
-    chosen = found[torch.linspace(0, len(found) - 1, arguments.windows).long()]
-    model = StreamedModel(checkpoint, resident=True)
-    reference = Reference.of(opened_model(checkpoint), chosen, key=checkpoint.fingerprint())
-    numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
-    lines = []
-    for (name, options), codes in zip(ROWS, build(model, ids), strict=True):
-        size = sum(code.nbytes for code in codes.values())
-        codes |= {t.name: Dense(model.weight(t)) for t in model.targets if t.block is None}
-        compared = coded_model(checkpoint.directory, codes, dict(model.others()))
-        damage = reference.damage(compared)
-        codes.clear()
-        low, high = damage.kl_ci95
-        asked = ", ".join(f"{k}={v}" for k, v in options.items())
-        lines.append(
-            f"| {name} | {asked} | {8 * size / numbers:.3f} | {damage.kl:.4f} | "
-            f"{low:.4f} to {high:.4f} | {damage.perplexity:.2f} | {damage.top1:.3f} |"
+    bench = Bench(source, arguments)
+    for row in (*CURVE, *ROWS):
+        if arguments.only in row.label and row.key not in bench.known:
+            bench.measure(row)
+    write(bench.known, arguments, source.name)
+
+
+class Bench:
+    """The model, what was observed of it, and the rows that are known."""
+
+    def __init__(self, source: Path, arguments: Any) -> None:
+        self._checkpoint = open_checkpoint(source)
+        tokenizer, text = self._checkpoint.tokenizer(), load_text(arguments.text)
+        calibration = windows(split(text, "calibration"), tokenizer)
+        self._ids = choose_windows(calibration, arguments.sequences)
+        found = windows(split(text, "evaluation"), tokenizer)
+        chosen = found[torch.linspace(0, len(found) - 1, arguments.windows).long()]
+        self._device = arguments.device
+        self._model = StreamedModel(self._checkpoint, resident=True, device=self._device)
+        original = opened_model(self._checkpoint).to(self._device)
+        self._reference = Reference.of(original, chosen, key=self._checkpoint.fingerprint())
+        self._numbers = linear_numbers(self._model)
+        self._seen: list[Observation] | None = None
+        self._path = Path(arguments.work) / "methods.json"
+        self.known: dict[str, dict[str, Any]] = (
+            json.loads(self._path.read_text()) if self._path.exists() else {}
         )
-        print(lines[-1], flush=True)
-    write(lines, arguments, source.name)
+
+    def measure(self, row: Row) -> None:
+        """Build every linear layer by one row's method and measure the model."""
+        function = find(row.method).function
+
+        def build(weight: torch.Tensor, seen: Observation) -> Any:
+            return function(weight, seen.statistics, **row.options)
+
+        observations = self._observations()
+        started = time.monotonic()
+        try:
+            codes = build_all(self._model, observations, build)
+        except PliantError as error:
+            print(f"{row.label}: {error}", flush=True)
+            return
+        seconds = time.monotonic() - started
+        size = sum(code.nbytes for code in codes.values())
+        for target in self._model.targets:
+            if target.block is None:
+                codes[target.name] = Dense(self._model.weight(target))
+        dense = {name: Dense(code.decode()) for name, code in codes.items()}
+        others = dict(self._model.others())
+        compared = coded_model(self._checkpoint.directory, dense, others).to(self._device)
+        with row.activations(self._model.targets, compared):
+            damage = self._reference.damage(compared)
+        self.known[row.key] = {
+            "section": row.section, "label": row.label, "options": row.options,
+            "bits": 8 * size / self._numbers, "seconds": seconds, **damage.as_dict(),
+        }  # fmt: skip
+        self._path.write_text(json.dumps(self.known, indent=1) + "\n")
+        print(
+            f"{row.label:28s} {row.asked:60s} {8 * size / self._numbers:.3f} bits  "
+            f"KL {damage.kl:.4f}  {seconds:.0f} s",
+            flush=True,
+        )
+
+    def _observations(self) -> list[Observation]:
+        if self._seen is None:
+            specs = [RungSpec(method=row.method, options=row.options) for row in (*CURVE, *ROWS)]
+            needs = frozenset().union(*(spec.needs() for spec in specs))
+            self._seen = list(linear_observations(self._model, self._ids, needs))
+        return self._seen
 
 
-def build(model: StreamedModel, ids: torch.Tensor) -> list[dict[str, Code]]:
-    """The codes of every linear layer for each row, from one pass of observation."""
-    codes: list[dict[str, Code]] = [{} for _ in ROWS]
-    specs = [RungSpec(method=name, options=options) for name, options in ROWS]
-    needs = frozenset().union(*(spec.needs() for spec in specs))
-    wanted = {t.name: needs for t in model.targets if t.block is not None}
-    with tempfile.TemporaryDirectory() as scratch:
-        sweep = Sweep(model, ids, Path(scratch), needs=wanted)
-        sweep.forward()
-        _, gradient = sweep.outer()
-        for index in reversed(range(len(model.blocks))):
-            seen, gradient = sweep.block(index, gradient)
-            for observation in seen:
-                weight = model.weight(observation.target)
-                for (name, options), own in zip(ROWS, codes, strict=True):
-                    function = find(name).function
-                    own[observation.target.name] = function(
-                        weight, observation.statistics, **options
-                    )
-            print(f"layer {index}", file=sys.stderr, flush=True)
-    return codes
+def gptq_at(known: dict[str, dict[str, Any]], bits: float) -> float | None:
+    """GPTQ's damage at so many bits, between its measured sizes; None outside them."""
+    curve = sorted((known[row.key]["bits"], known[row.key]["kl"]) for row in CURVE
+                   if row.key in known)  # fmt: skip
+    for (low, worse), (high, better) in pairwise(curve):
+        if low <= bits <= high:
+            share = (bits - low) / (high - low)
+            return math.exp((1 - share) * math.log(worse) + share * math.log(better))
+    return None
 
 
-def write(lines: list[str], arguments: Any, model: str) -> None:
-    head = [
+def write(known: dict[str, dict[str, Any]], arguments: Any, model: str) -> None:
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "two CPU cores"
+    lines = [
         "# Methods",
         "",
         "`pliant methods` lists them with their options. A recipe names them (docs/guide.md).",
+        "docs/choosing.md says which to use when.",
         "",
         "| method | kind | paper | needs |",
         "|---|---|---|---|",
@@ -116,15 +150,34 @@ def write(lines: list[str], arguments: Any, model: str) -> None:
         f"## Measured: {model}, all linear layers alike",
         "",
         f"`python bench/methods.py --text wikitext2-test.txt --windows {arguments.windows} "
-        f"--sequences {arguments.sequences}`",
+        f"--sequences {arguments.sequences}`, on {device}.",
         "",
         "Bits count integers, scales, zero points, codebooks, factors and indices. Second moments",
-        "are weighted by the likelihood's gradient for every method that uses them.",
-        "",
-        "| method | options | bits | KL (nats/token) | 95% interval | perplexity | top-1 |",
-        "|---|---|---|---|---|---|---|",
+        "are weighted by the likelihood's gradient for every method that uses them. The last",
+        "column is the damage over that of GPTQ at the same bytes (below 1 is better than GPTQ).",
     ]
-    DOCS.write_text("\n".join([*head, *lines]) + "\n")
+    head = (
+        "| method | options | bits | KL (nats/token) | 95% interval | perplexity | top-1 | seconds "
+        "| of GPTQ's |",
+        "|---|---|---|---|---|---|---|---|---|",
+    )
+    section = None
+    for row in (*CURVE, *ROWS):
+        found = known.get(row.key)
+        if found is None:
+            continue
+        if row.section != section:
+            section = row.section
+            lines += ["", f"### {section}", "", *head]
+        low, high = found["kl_ci95"]
+        gptq = gptq_at(known, found["bits"])
+        ratio = "" if gptq is None else f"{found['kl'] / gptq:.2f}"
+        lines.append(
+            f"| {row.label} | {row.asked} | {found['bits']:.3f} | {found['kl']:.4f} | "
+            f"{low:.4f} to {high:.4f} | {found['perplexity']:.2f} | {found['top1']:.3f} | "
+            f"{found['seconds']:.0f} | {ratio} |"
+        )
+    DOCS.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
