@@ -31,7 +31,7 @@ def domain_mix(
     if candidates.sources is None or candidates.target_ids is None:
         raise PliantError("domain_mix needs several texts and a sample of the target text")
     sources = candidates.sources
-    names = sources.unique().tolist()
+    names = torch.unique(sources).tolist()
     members = [(sources == name).nonzero()[:, 0] for name in names]
     texts = [candidates.ids[own].flatten() for own in members]
     parts = shares(texts, candidates.target_ids.flatten(), smoothing)
