@@ -22,6 +22,7 @@ from pliant.fit.build import build_rungs, estimate_nbytes
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import find_device, resident_bytes
 from pliant.fit.evaluate import Evaluator
+from pliant.fit.evolving import evolve_sizes, evolved_summary
 from pliant.fit.planning import distinct, make_ladder, measure_samples
 from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
 from pliant.fit.scratch import put_aside, store, take_back
@@ -209,7 +210,8 @@ class _Job:
         if not writer.has("fixed"):
             writer.write_fixed(_fixed(self.model))
         ids, weights = torch.zeros(0, 2, dtype=torch.long), None
-        wanted = self.recipe.search.sequences if self.recipe.search.measurements else 0
+        search = self.recipe.search
+        wanted = search.sequences if search.measurements or search.generations else 0
         if calibrated:
             ids, weights = self._calibration(work, pool, wanted)
         split = min(wanted, len(ids) // 3)  # a short text is for calibration first
@@ -221,7 +223,13 @@ class _Job:
             self.recipe.search.measurements if len(held_out) else 0,
             seed=self.recipe.seed, progress=lambda d, of: self.report("measuring", d, of),
         )  # fmt: skip
-        ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        through = evolve_sizes(
+            writer, self.model, ids, held_out, rungs, samples, search,
+            seed=self.recipe.seed, progress=lambda d, of: self.report("evolving", d, of),
+        )  # fmt: skip
+        ladder, correction = make_ladder(
+            rungs, self.model.targets, samples, writer.fixed_bytes, through
+        )
         self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
         self.report("writing", 0, 1)
         path = writer.finish(
@@ -241,6 +249,7 @@ class _Job:
                 },
                 "correction": dataclasses.asdict(correction),
                 "samples": len(samples),
+                "evolved": evolved_summary(writer),
             },
         )
         self.report("writing", 1, 1)

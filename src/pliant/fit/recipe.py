@@ -139,10 +139,18 @@ class Calibration(_Strict):
 
 
 class Search(_Strict):
-    """How many whole models are measured to correct predicted damage, each on `sequences`."""
+    """How many whole models are measured to correct predicted damage, each on `sequences`.
+
+    generations: of evolution (`offspring` models each) at each of the sizes `evolve_bits`, in bits
+    a weight; the climb passes through what it finds, where that wins on the measured sequences too.
+    Each model of the last stages is run on all calibration text: hours on a CPU.
+    """
 
     measurements: int = Field(default=20, ge=0)
     sequences: int = Field(default=2, ge=1)
+    generations: int = Field(default=0, ge=0)
+    offspring: int = Field(default=16, ge=1)
+    evolve_bits: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0)
 
 
 class Tune(_Strict):
