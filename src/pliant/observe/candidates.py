@@ -75,16 +75,16 @@ def perturbed_losses(
     progress: Progress | None = None,
 ) -> Tensor:
     """Nats a token [n, copies + 1] of each sequence of ids [n, T]: the original's first, then those
-    of copies whose weights carry Gaussian noise of 5% to 20% of each row's standard deviation.
+    of copies whose weights carry Gaussian noise of 3% to 10% of each row's standard deviation.
 
-    About the error that rounding to 5 down to 3 bits makes, so that the copies err as compressed
-    models do. Cost: copies + 1 forward passes.
+    On SmolLM2-135M 5% adds 0.14 nats to the loss, and 20%, which is beyond what any rung does, 3.5.
+    Cost: copies + 1 forward passes.
     """
     columns = [_losses(model, ids)]
     for copy in range(copies):
         if progress is not None:
             progress(copy, copies)
-        noise = 0.05 * 4 ** (copy / max(1, copies - 1))
+        noise = 0.03 * (10 / 3) ** (copy / max(1, copies - 1))
 
         def noisy(target: Target, copy: int = copy, noise: float = noise) -> Tensor:
             weight = model.weight(target)
