@@ -115,6 +115,15 @@ def test_a_target_without_a_rule() -> None:
         ("calibration: {sequences: 0}", "sequences"),
         ("calibration: {words: 3}", "words"),
         ("calibration: 5", "calibration"),
+        ("calibration: {select: best}", "select is one of autocoreset, domain_mix, medoids"),
+        ("calibration: {select: gptq}", "select is one of"),
+        ("calibration: {select: zip_fit}", "needs a target"),
+        ("calibration: {select: domain_mix, target: a, text: b}", "several texts"),
+        ("calibration: {select: medoids, candidates: 8}", "16 sequences cannot be chosen from 8"),
+        ("calibration: {text: []}", "names no file"),
+        ("search: {generations: -1}", "generations"),
+        ("search: {evolve_bits: 3}", "evolve_bits"),
+        ("rules: [{rungs: [{method: medoids}]}]", "chooses calibration text"),
         ("search: {measurements: -1}", "measurements"),
         ("- a list", "mapping"),
         ("", "mapping"),
@@ -153,8 +162,13 @@ def test_default_rungs_work_and_rise_in_bits() -> None:
 
 
 def test_every_method_of_the_catalog_can_be_a_rung() -> None:
+    """But for those that choose calibration text."""
     for name, info in catalog().items():
         spec = RungSpec(method=name)
+        if info.kind == "calibrate":
+            with pytest.raises(RecipeError, match="chooses calibration text"):
+                spec.check()
+            continue
         spec.check()
         assert set(info.needs) <= spec.needs()
     assert RungSpec(method="lorc", options={"base": "squeezellm"}).needs() >= {"fisher"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pliant.errors import PliantError
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.observe import Observation, Statistics, Sweep, sweep
 from pliant.observe.statistics import FIELDS, Accumulator
@@ -44,7 +45,7 @@ def opened(family: str, directory: Path, ids: Tensor = IDS, **options: Any) -> t
     model = save(configurations()[family], directory / "model")
     streamed = StreamedModel(open_checkpoint(directory / "model"))
     scratch = directory / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     needs = {t.name: FIELDS for t in streamed.targets}
     return model, Sweep(streamed, ids, scratch, needs=needs, **options)
 
@@ -121,6 +122,64 @@ def test_statistics_are_those_of_plain_autograd(
             scale = float(value.abs().max())
             assert got.dtype == torch.float32
             assert float((got - value).abs().max()) < 2e-3 * scale + 1e-12, (name, field)
+
+
+WEIGHTS = torch.tensor([0.5, 4.0, 1.0, 2.0, 0.25, 1.0])
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.usefixtures("exact")
+def test_a_sequences_weight_multiplies_its_tokens(weighted: bool, tmp_path: Path) -> None:
+    """Every mean, and every predicted damage, counts a token as often as its sequence."""
+    _, pass_back = opened("llama", tmp_path, weighted=weighted, weights=10 * WEIGHTS)
+    seen, gradient = run(pass_back)
+    calls, below = by_autograd(pass_back)
+    weights = (WEIGHTS / WEIGHTS.mean()).double()
+    torch.testing.assert_close(
+        gradient, below * weights.sqrt().float()[:, None, None], atol=1e-5, rtol=1e-3
+    )
+    tokens = weights.repeat_interleave(IDS.shape[1])[:, None]
+    for name, parts in calls.items():
+        x, _, g = (torch.cat(own).double() for own in zip(*parts, strict=True))
+        found = seen[name].statistics
+        importance = tokens * (g.square().sum(1, keepdim=True) if weighted else 1)
+        wanted = {
+            "second_moment": (x * importance).t() @ x / importance.sum(),
+            "fisher": (tokens * g.square()).t() @ x.square() / len(x),
+            "output_moment": (tokens * g.square()).mean(0),
+            "input_max": x.abs().amax(0),
+        }
+        for field, value in wanted.items():
+            scale = float(value.abs().max())
+            assert float((getattr(found, field) - value).abs().max()) < 2e-3 * scale, (name, field)
+        error = torch.randn(seen[name].target.shape, generator=torch.Generator().manual_seed(0))
+        along = (x @ error.double().t() * g).sum(1, keepdim=True)
+        expected = 0.5 * float((tokens * along.square()).mean())
+        assert seen[name].damage(error) == pytest.approx(expected, rel=1e-2)
+    embedding = next(o for o in seen.values() if o.target.kind == "embedding")
+    error = torch.randn(embedding.target.shape, generator=torch.Generator().manual_seed(1))
+    along = (error[IDS.flatten()].double() * below.flatten(0, 1).double()).sum(1, keepdim=True)
+    expected = 0.5 * float((tokens * along.square()).mean())
+    assert embedding.damage(error) == pytest.approx(expected, rel=1e-2)
+
+
+def test_equal_weights_are_no_weights(tmp_path: Path) -> None:
+    _, plain = opened("llama", tmp_path / "a")
+    _, equal = opened("llama", tmp_path / "b", weights=torch.full((6,), 7.0))
+    (first, below), (second, same) = run(plain), run(equal)
+    torch.testing.assert_close(below, same, atol=1e-6, rtol=1e-4)
+    for name, observation in first.items():
+        a, b = observation.statistics.second_moment, second[name].statistics.second_moment
+        if a is not None and b is not None:
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "weights", [torch.ones(5), torch.zeros(6), -WEIGHTS, WEIGHTS * float("nan")]
+)
+def test_weights_that_are_none(weights: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(PliantError, match="weights"):
+        opened("llama", tmp_path, weights=weights)
 
 
 def test_hidden_states_in_16_bits_change_little(tmp_path: Path) -> None:
@@ -269,7 +328,7 @@ def test_an_expert_that_no_token_chose_has_empty_statistics(tmp_path: Path) -> N
     model.save_pretrained(tmp_path / "model")
     streamed = StreamedModel(open_checkpoint(tmp_path / "model"))
     scratch = tmp_path / "scratch"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     # One token: of four experts at least two are never chosen.
     needs = {t.name: FIELDS for t in streamed.targets}
     seen, _ = run(Sweep(streamed, IDS[:1, :1].expand(1, 2), scratch, needs=needs))

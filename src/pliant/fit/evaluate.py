@@ -26,8 +26,16 @@ class Evaluator:
         self._stride = -(-ids.numel() * vocabulary * 4 // _LOGITS_BYTES)
         self._original = [part.log_softmax(-1) for part in self._logits()]
 
-    def damage(self, code_of: Callable[[Target], Code | None]) -> float:
-        """Nats a token when every target has the code that `code_of` gives (None: as it was)."""
+    def damage(
+        self,
+        code_of: Callable[[Target], Code | None],
+        sequences: int | None = None,
+        watch: Callable[[Tensor], None] | None = None,
+    ) -> float:
+        """Nats a token when every target has the code that `code_of` gives (None: as it was).
+
+        sequences: only the first so many. watch: sees the scored logits [positions, V] of each.
+        """
 
         def weight(target: Target) -> Tensor | None:
             code = code_of(target)
@@ -35,7 +43,10 @@ class Evaluator:
 
         total, count = 0.0, 0
         with self._model.substitute(weight):
-            for original, logits in zip(self._original, self._logits(), strict=True):
+            pairs = zip(self._original[:sequences], self._logits(sequences), strict=True)
+            for original, logits in pairs:
+                if watch is not None:
+                    watch(logits)
                 parts = torch.split(original, 128), torch.split(logits, 128)
                 for p, q in zip(*parts, strict=True):
                     q = q.log_softmax(-1)
@@ -45,9 +56,9 @@ class Evaluator:
                     count += len(p)
         return max(total / count, 0.0)
 
-    def _logits(self) -> Iterator[Tensor]:
-        """Float32 logits [positions, V] of each sequence."""
-        hidden = self._model.capture(self._ids)[:, :: self._stride]
+    def _logits(self, sequences: int | None = None) -> Iterator[Tensor]:
+        """Float32 logits [positions, V] of each of the first sequences (None: of all)."""
+        hidden = self._model.capture(self._ids[:sequences])[:, :: self._stride]
         for part in torch.split(hidden, 1):  # one at a time: each is as large as the vocabulary
             with torch.no_grad():
                 logits = self._model.tail(part)[0].float()

@@ -17,10 +17,20 @@ from torch import Tensor
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
 from pliant.fit.build import build_rungs, estimate_nbytes
+from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import find_device, resident_bytes
 from pliant.fit.evaluate import Evaluator
+from pliant.fit.evolving import evolve_sizes, evolved_summary
 from pliant.fit.planning import distinct, make_ladder, measure_samples
-from pliant.fit.recipe import KEEP, Recipe, Rule, RungSpec, default_recipe, read_recipe
+from pliant.fit.recipe import (
+    KEEP,
+    Recipe,
+    Rule,
+    RungSpec,
+    Search,
+    default_recipe,
+    read_recipe,
+)
 from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
 from pliant.fit.training import trained_rungs, training_text
@@ -33,11 +43,7 @@ from pliant.observe import (
     Observation,
     Statistics,
     Sweep,
-    choose_windows,
     digest,
-    load_text,
-    windows,
-    write_text,
 )
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weights_budget
 from pliant.plan.search import Correction, Sample
@@ -181,31 +187,33 @@ class _Job:
 
     def run(self, out: Path, budget: Budget, room: int, overwrite: bool, note: str) -> FitResult:
         calibrated = any(len(specs) > 1 or specs[0].needs() for specs in self.specs.values())
-        text = None
-        if calibrated and self.recipe.calibration.text is not None:
-            text = self._windows(self.recipe.calibration.text)
-        writer = Writer(out, self._key(text), overwrite)
+        pool = self._windows() if calibrated else Pool()
+        writer = Writer(out, self._key(pool), overwrite)
         work = writer.directory / "work"
         work.mkdir(exist_ok=True)
         if not writer.has("fixed"):
             writer.write_fixed(_fixed(self.model))
-        ids = self._calibration(work, text) if calibrated else torch.zeros(0, 2, dtype=torch.long)
-        wanted = self.recipe.search.sequences if self.recipe.search.measurements else 0
+        ids, weights = torch.zeros(0, 2, dtype=torch.long), None
+        search = self.recipe.search
+        wanted = search.sequences if search.measurements or search.generations else 0
+        if calibrated:
+            ids, weights = self._calibration(work, pool, wanted)
         split = min(wanted, len(ids) // 3)  # a short text is for calibration first
         held_out, ids = ids[:split], ids[split:]
-        self._build(writer, work, ids)
+        self._build(writer, work, ids, None if weights is None else weights[split:])
         rungs = distinct(writer.all_rungs(*self._shards()))
-        trains = bool(self.recipe.tune.steps and len(ids))
-        # A climb to train along may be rough: it is planned again when training is done.
-        count = self.recipe.search.measurements // (3 if trains else 1)
-        ladder, correction, samples = self._plan(writer, rungs, held_out, count)
-        if trains:
+        if self.recipe.tune.steps and len(ids):
+            # The climb to train along may be rough: it is planned again when training is done.
+            rough = Search(measurements=search.measurements // 3)
+            ladder, _, _ = self._plan(writer, rungs, ids, held_out, rough)
             own = ids if self.recipe.calibration.text is not None else ids[:0]
             text = training_text(self._resident(), self.recipe, own, work, self.report)
             rungs = trained_rungs(writer, self.model, ladder, text, self.recipe, work, self.report)
             ladder, correction, samples = self._plan(
-                writer, rungs, held_out, self.recipe.search.measurements, "trained"
+                writer, rungs, ids, held_out, search, "trained"
             )
+        else:
+            ladder, correction, samples = self._plan(writer, rungs, ids, held_out, search)
         self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
         self.report("writing", 0, 1)
         path = writer.finish(
@@ -218,9 +226,14 @@ class _Job:
                 "source": self.model.checkpoint.directory.name,
                 "model": self.model.checkpoint.fingerprint(),
                 "original_bytes": self.model.checkpoint.nbytes,
-                "calibration": {"sequences": len(ids), "digest": digest(ids)},
+                "calibration": {
+                    "sequences": len(ids),
+                    "digest": digest(ids),
+                    "select": self.recipe.calibration.select,
+                },
                 "correction": dataclasses.asdict(correction),
                 "samples": len(samples),
+                "evolved": evolved_summary(writer),
             },
         )
         self.report("writing", 1, 1)
@@ -230,52 +243,46 @@ class _Job:
         self,
         writer: Writer,
         rungs: dict[str, list[Rung]],
+        ids: Tensor,
         held_out: Tensor,
-        count: int,
+        search: Search,
         name: str = "samples",
     ) -> tuple[Ladder, Correction, list[Sample]]:
-        """The climb over `rungs`, after a few whole models were measured."""
+        """The climb over `rungs`, after a few whole models were measured, and sizes evolved."""
         samples = measure_samples(
             writer, lambda: Evaluator(self.model, held_out), rungs, self.model.targets,
-            count if len(held_out) else 0,
+            search.measurements if len(held_out) else 0,
             seed=self.recipe.seed, name=name,
             progress=lambda d, of: self.report("measuring", d, of),
         )  # fmt: skip
-        ladder, correction = make_ladder(rungs, self.model.targets, samples, writer.fixed_bytes)
+        through = evolve_sizes(
+            writer, self.model, ids, held_out, rungs, samples, search,
+            seed=self.recipe.seed, progress=lambda d, of: self.report("evolving", d, of),
+        )  # fmt: skip
+        ladder, correction = make_ladder(
+            rungs, self.model.targets, samples, writer.fixed_bytes, through
+        )
         return ladder, correction, samples
 
-    def _key(self, text: Tensor | None) -> str:
+    def _key(self, pool: Pool) -> str:
         """What decides the rungs and their order; the budget does not."""
         parts = {
             "version": version("pliant"),
             "model": self.model.checkpoint.fingerprint(),
             "recipe": self.recipe.as_dict(),
-            "text": None if text is None else digest(text),
+            "text": pool.digest(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _windows(self, source: str) -> Tensor:
-        settings = self.recipe.calibration
-        found = windows(load_text(source), self.model.checkpoint.tokenizer(), settings.length)
-        wanted = settings.sequences + self.recipe.search.sequences
-        return choose_windows(found, wanted, seed=self.recipe.seed)
+    def _windows(self) -> Pool:
+        return read_pool(self.recipe, self.model.checkpoint.tokenizer)
 
-    def _calibration(self, work: Path, text: Tensor | None) -> Tensor:
-        path = work / "calibration.safetensors"
-        if path.exists():
-            kept: Tensor = load_file(path)["ids"]
-            return kept
-        if text is None:
-            settings = self.recipe.calibration
-            text = write_text(
-                self._resident(),
-                settings.sequences + self.recipe.search.sequences,
-                settings.length,
-                seed=self.recipe.seed,
-                progress=lambda d, of: self.report("writing text", d, of),
-            )
-        store(path, {"ids": text.contiguous()})
-        return text
+    def _calibration(self, work: Path, pool: Pool, held_out: int) -> tuple[Tensor, Tensor | None]:
+        """Sequences [n, T], the first `held_out` to measure on, and their weights [n]."""
+        return calibration_text(
+            self.model, self.recipe, pool, work, self._resident, held_out=held_out,
+            report=self.report,
+        )  # fmt: skip
 
     def _resident(self) -> StreamedModel:
         """A model whose layers all stay in memory, if that can be."""
@@ -295,7 +302,9 @@ class _Job:
         layers = [f"block-{index:05d}" for index in range(len(self.model.blocks))]
         return [*layers, *(["outer"] if outer else [])]
 
-    def _build(self, writer: Writer, work: Path, ids: Tensor) -> None:
+    def _build(
+        self, writer: Writer, work: Path, ids: Tensor, weights: Tensor | None = None
+    ) -> None:
         """Every shard of rungs, from the last layer to the first."""
         blocks = len(self.model.blocks)
         outer = [t for t in self.model.targets if t.block is None]
@@ -312,7 +321,7 @@ class _Job:
             return
         sweep = Sweep(
             self.model, ids, work, needs=self._needs(), weighted=self.recipe.weighted,
-            seed=self.recipe.seed,
+            seed=self.recipe.seed, weights=weights,
         )  # fmt: skip
         if not sweep.forwarded():
             with told_when_full(work, sweep.scratch_bytes):

@@ -88,13 +88,27 @@ def measure_samples(
     return [Sample(s["allocation"], s["damage"]) for s in done[:count]]
 
 
-def make_ladder(
-    rungs: Rungs, targets: Sequence[Target], samples: Sequence[Sample], fixed_bytes: int
-) -> tuple[Ladder, Correction]:
-    """The climb over corrected damages; rungs that it never uses are left out."""
+def correct_options(
+    rungs: Rungs, targets: Sequence[Target], samples: Sequence[Sample]
+) -> tuple[dict[str, list[Option]], Correction]:
+    """Every rung's bytes and damage, corrected by what was measured."""
     options, shared, level = options_of(rungs), features(targets), levels(rungs)
     correction = correct(options, shared, level, samples)
-    corrected = correction.apply(options, shared, level)
+    return correction.apply(options, shared, level), correction
+
+
+def make_ladder(
+    rungs: Rungs,
+    targets: Sequence[Target],
+    samples: Sequence[Sample],
+    fixed_bytes: int,
+    through: Sequence[Mapping[str, int]] = (),
+) -> tuple[Ladder, Correction]:
+    """The climb over corrected damages; rungs that it never uses are left out.
+
+    through: allocations that it passes (`evolve_sizes`), in the numbering of `rungs`.
+    """
+    corrected, correction = correct_options(rungs, targets, samples)
     kept = {target: hull(own) for target, own in corrected.items()}
     renumber = {t: {old: new for new, old in enumerate(own)} for t, own in kept.items()}
     chosen = {
@@ -107,7 +121,7 @@ def make_ladder(
     total = sum(corrected[t][own[0]].damage for t, own in kept.items())
     start = correction.total(total)
     steps = []
-    for move in climb(corrected):
+    for move in climb(corrected, through):
         total -= move.saved
         steps.append(
             Step(move.target, renumber[move.target][move.stop], correction.total(max(total, 0.0)))

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pliant.errors import PliantError, RecipeError
-from pliant.methods import MethodInfo, find
+from pliant.methods import MethodInfo, catalog, find
 from pliant.model import Target
 from pliant.observe import Statistics
 
@@ -46,7 +46,12 @@ class RungSpec(_Strict):
         return value
 
     def info(self) -> MethodInfo:
-        return find(self.method)
+        found = find(self.method)
+        if found.kind == "calibrate":
+            raise RecipeError(
+                f"{self.method} chooses calibration text (calibration: select) and makes no rung"
+            )
+        return found
 
     def needs(self) -> frozenset[str]:
         """Statistics that the method, and the one under it for a repair, must have."""
@@ -100,18 +105,52 @@ class Rule(_Strict):
 
 
 class Calibration(_Strict):
-    """text: a file or data set; None: the model writes its own. Windows of `length` tokens."""
+    """text: a file or data set, or several; None: the model writes its own.
 
-    text: str | None = None
+    Of `candidates` windows of `length` tokens, the method `select` of the catalog chooses
+    `sequences`; random takes them from all that was read. target: a file or data set with a sample
+    of the text that the model will meet, for the methods that match it.
+    """
+
+    text: str | tuple[str, ...] | None = None
     sequences: int = Field(default=16, ge=1)
     length: int = Field(default=512, ge=2)
+    select: str = "random"
+    candidates: int = Field(default=256, ge=1)
+    target: str | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Calibration:
+        known = [name for name, info in catalog().items() if info.kind == "calibrate"]
+        if self.select not in known:
+            raise ValueError(f"select is one of {', '.join(known)}, not {self.select!r}")
+        needs = set(find(self.select).needs)
+        if self.text is not None and not self.text:
+            raise ValueError("text names no file; leave it out for text that the model writes")
+        if needs & {"target", "target_ids"} and self.target is None:
+            raise ValueError(f"{self.select} needs a target: a file with text as it will be met")
+        if "sources" in needs and (self.text is None or isinstance(self.text, str)):
+            raise ValueError(f"{self.select} chooses among several texts; give text as a list")
+        if self.select != "random" and self.candidates < self.sequences:
+            raise ValueError(
+                f"{self.sequences} sequences cannot be chosen from {self.candidates} candidates"
+            )
+        return self
 
 
 class Search(_Strict):
-    """How many whole models are measured to correct predicted damage, each on `sequences`."""
+    """How many whole models are measured to correct predicted damage, each on `sequences`.
+
+    generations: of evolution (`offspring` models each) at each of the sizes `evolve_bits`, in bits
+    a weight; the climb passes through what it finds, where that wins on the measured sequences too.
+    Each model of the last stages is run on all calibration text: hours on a CPU.
+    """
 
     measurements: int = Field(default=20, ge=0)
     sequences: int = Field(default=2, ge=1)
+    generations: int = Field(default=0, ge=0)
+    offspring: int = Field(default=16, ge=1)
+    evolve_bits: tuple[float, ...] = (2.5, 3.0, 3.5, 4.0)
 
 
 class Tune(_Strict):

@@ -19,7 +19,8 @@ class MethodInfo:
     """What a user and the planner need to know of one method.
 
     kind: the folder it lives in (quantize, factorize, repair, ...).
-    needs: fields of `Statistics` that must be observed before it can run.
+    needs: fields of `Statistics` that must be observed before it can run; of `Candidates` for a
+    method that chooses calibration text.
     """
 
     name: str

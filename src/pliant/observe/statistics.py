@@ -13,7 +13,8 @@ class Statistics:
     """Statistics of one target's inputs and of the gradients at its outputs, float32.
 
     Each field is None unless a chosen method asked for it. x is an input [in], g the gradient
-    of a sequence's log-likelihood at the output [out] for the same token.
+    of a sequence's log-likelihood at the output [out] for the same token. Where sequences are
+    weighted, each mean counts a token as often as its sequence's weight says; weights have mean 1.
     """
 
     tokens: int = 0
@@ -37,14 +38,18 @@ class Accumulator:
         self._weight = 0.0
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, x: Tensor, y: Tensor, g: Tensor) -> None:
-        """x [n, in], y [n, out], g [n, out]: the gradient at y."""
+    def add(self, x: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> None:
+        """x [n, in], y [n, out], g [n, out]: the gradient at y, by the root of the tokens' weight.
+
+        share: that weight. Every square of g carries it already; a plain mean of x x^T does not.
+        """
         self._tokens += len(x)
         squared = g.square()
         if "second_moment" in self._needs:
             # Tokens whose output matters to the likelihood count for more: with weights |g|^2
             # the layer's error is the loss's second-order change under a block-diagonal Fisher.
-            weight = squared.sum(1, keepdim=True) if self._weighted else x.new_ones(len(x), 1)
+            plain = x.new_full((len(x), 1), share)
+            weight = squared.sum(1, keepdim=True) if self._weighted else plain
             self._weight += float(weight.sum())
             self._add_product("second_moment", x * weight, x)
         if "fisher" in self._needs:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pliant.errors import PliantError
 from pliant.model import StreamedModel, Target
 from pliant.observe.statistics import Accumulator, Statistics
 
@@ -29,7 +30,8 @@ class Observation:
     """What one target met: its statistics, and pairs that predict what an error in it would do.
 
     inputs [n, in] and gradients [n, out] belong to the same n tokens, a sample of those that
-    reached it; share: how many did of all (fewer for an expert).
+    reached it; share: how many did of all (fewer for an expert). Gradients are scaled by the root
+    of their sequence's weight.
     looked_up: for an embedding, token ids [T] with the gradients [T, in] at their rows.
     """
 
@@ -68,6 +70,7 @@ class _Watch:
     weighted: bool
     every: Mapping[str, int]
     tokens: int
+    share: float = 1.0  # weight of the sequence that runs now
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     gradients: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -88,7 +91,7 @@ class _Watch:
         if name not in self.accumulators:
             self.accumulators[name] = Accumulator(self.needs.get(name, frozenset()), self.weighted)
             self.inputs[name], self.gradients[name], self.seen[name] = [], [], 0
-        self.accumulators[name].add(x, y, g)
+        self.accumulators[name].add(x, y, g, self.share)
         every = self.every.get(name, 1)
         first = -self.seen[name] % every
         self.seen[name] += len(x)
@@ -112,7 +115,8 @@ class Sweep:
     """The pass over token ids [B, T]; `scratch` is a directory for layer inputs.
 
     needs: for each target's name, the fields of Statistics to keep. weighted: second moments
-    weigh tokens by their squared gradient. Everything random follows from `seed`.
+    weigh tokens by their squared gradient. weights [B]: how much each sequence counts, positive,
+    only their ratios matter. Everything random follows from `seed`.
     """
 
     def __init__(
@@ -124,14 +128,17 @@ class Sweep:
         needs: Mapping[str, frozenset[str]],
         weighted: bool = True,
         seed: int = 0,
+        weights: Tensor | None = None,
     ) -> None:
         self._model = model
+        self._weights = None if weights is None else _normalised(weights, len(ids))
         self._ids = ids
         self._scratch = scratch
         self._needs = needs
         self._weighted = weighted
         self._seed = seed
-        self._batch = max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        # Sequences that count differently run one by one.
+        self._batch = 1 if weights is not None else max(1, _TOKENS_AT_ONCE // ids.shape[1])
         tokens = ids.numel()
         rows = max(1, sum(t.shape[0] for t in model.targets if t.block is None))
         outer = min(_PROBE_TOKENS, max(64, _PROBE_BYTES // (4 * rows)))
@@ -181,13 +188,16 @@ class Sweep:
         step = max(1, _LOGITS_BYTES // (4 * vocabulary))  # the backward pass holds several copies
         with self._model.linear_calls(watch.on_linear):
             for rows, hidden in self._hidden(len(self._model.blocks), batch=1):
+                watch.share = self._weight(rows)
                 for start in range(0, hidden.shape[1], step):
                     part = hidden[:, start : start + step].detach().requires_grad_(True)
                     logits = self._model.tail(part).flatten(0, 1).float()
                     chances = logits.detach().softmax(-1)
                     labels = torch.multinomial(chances, 1, generator=generator)[:, 0]
                     del chances
-                    torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()  # type: ignore[no-untyped-call]
+                    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                    # Its root, on the way down from here, is in every gradient of the sequence.
+                    (loss * watch.share**0.5).backward()  # type: ignore[no-untyped-call]
                     assert part.grad is not None
                     gradient[rows, start : start + step] = part.grad
                     del logits
@@ -205,6 +215,7 @@ class Sweep:
         below = torch.empty_like(gradient)
         with self._model.block(index) as module:
             for rows, hidden in self._hidden(index, self._batch):
+                watch.share = self._weight(rows)
                 hidden.requires_grad_(True)
                 # Watched in either case: it rounds differently, and resuming changes no byte.
                 with self._model.linear_calls(watch.on_linear if observe else _ignore):
@@ -230,6 +241,9 @@ class Sweep:
     def _watch(self) -> _Watch:
         return _Watch(self._needs, self._weighted, self._every, self._ids.numel())
 
+    def _weight(self, rows: slice) -> float:
+        return 1.0 if self._weights is None else self._weights[rows.start]
+
     def _width(self) -> int:
         size = (self._scratch / "hidden-00000.bin").stat().st_size
         return size // 2 // self._ids.numel()
@@ -246,6 +260,16 @@ class Sweep:
                 raw = bytearray(file.read(2 * size * length * width))
             part = torch.frombuffer(raw, dtype=torch.bfloat16).view(size, length, width)
             yield slice(start, start + size), part.to(self._model.device, self._model.dtype)
+
+
+def _normalised(weights: Tensor, count: int) -> list[float]:
+    """`weights` [count] with mean 1."""
+    if weights.shape != (count,):
+        raise PliantError(f"{count} sequences need {count} weights, not {tuple(weights.shape)}")
+    values = weights.double()
+    if not bool((torch.isfinite(values) & (values > 0)).all()):
+        raise PliantError("the weights of sequences must be positive and finite")
+    return [float(value) for value in values / values.mean()]
 
 
 def _ignore(target: Target, x: Tensor, y: Tensor) -> None:

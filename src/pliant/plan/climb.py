@@ -55,12 +55,17 @@ def _slope(options: Sequence[Option], start: int, stop: int) -> float:
     )
 
 
-def climb(options: Mapping[str, Sequence[Option]]) -> list[Move]:
+def climb(
+    options: Mapping[str, Sequence[Option]], through: Sequence[Mapping[str, int]] = ()
+) -> list[Move]:
     """Every move along every target's hull, the best use of a byte first.
 
     For a damage that is a sum over targets, each prefix is the best choice for its bytes: moves
     are taken in falling order of damage saved a byte, and a hull's slopes fall, so a target's
     moves stay in order. Ties are broken by the target's name.
+
+    through: allocations that the climb must pass, each at or above the one before it in every
+    target and on the targets' hulls. Between two of them the order is the same.
     """
     moves = []
     for target, choices in options.items():
@@ -70,10 +75,20 @@ def climb(options: Mapping[str, Sequence[Option]]) -> list[Move]:
             moves.append(
                 Move(target, start, stop, high.nbytes - low.nbytes, low.damage - high.damage)
             )
-    return sorted(moves, key=lambda move: (-move.slope, move.target, move.stop))
+
+    def section(move: Move) -> int:
+        """How many of the allocations come before the move."""
+        return next((k for k, at in enumerate(through) if move.stop <= at[move.target]), count)
+
+    count = len(through)
+    return sorted(moves, key=lambda move: (section(move), -move.slope, move.target, move.stop))
 
 
-def prefix(options: Mapping[str, Sequence[Option]], nbytes: int) -> dict[str, int]:
+def prefix(
+    options: Mapping[str, Sequence[Option]],
+    nbytes: int,
+    through: Sequence[Mapping[str, int]] = (),
+) -> dict[str, int]:
     """Each target's option when all together may take `nbytes`: the climb's prefix, then filled.
 
     With less than the smallest size, everyone's smallest.
@@ -81,7 +96,7 @@ def prefix(options: Mapping[str, Sequence[Option]], nbytes: int) -> dict[str, in
     allocation = {target: hull(choices)[0] for target, choices in options.items()}
     left = nbytes - sum(options[t][i].nbytes for t, i in allocation.items())
     held: set[str] = set()
-    for move in climb(options):
+    for move in climb(options, through):
         if move.target in held:
             continue
         if move.nbytes <= left:

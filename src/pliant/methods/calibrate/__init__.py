@@ -1,0 +1,1 @@
+"""Choosing calibration text: `(candidates, count, *, seed, options) -> Selection`."""
