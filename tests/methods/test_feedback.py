@@ -14,7 +14,7 @@ from pliant.methods.levels import fit_levels, integer_levels, minifloat_levels
 from pliant.methods.numerics import weighted_error
 from pliant.methods.quantize.gptq import inverse_factor, round_with_feedback
 from pliant.observe.statistics import Statistics
-from tests.methods.test_gptq import problem
+from tests.methods.problems import problem
 
 torch.set_num_threads(1)
 
@@ -101,6 +101,4 @@ def test_places_are_those_of_the_permuted_problem() -> None:
 def test_without_a_second_moment_it_says_what_is_missing() -> None:
     weight, _ = problem()
     with pytest.raises(PliantError, match="second moment"):
-        round_levels(
-            weight, Statistics(), fit_levels(weight, TABLES, 32), damp=0.1, act_order=True
-        )
+        round_levels(weight, Statistics(), fit_levels(weight, TABLES, 32), damp=0.1, act_order=True)

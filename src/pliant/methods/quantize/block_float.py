@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from pliant.codes import GroupLevels
@@ -12,9 +11,7 @@ from pliant.methods.feedback import round_levels
 from pliant.methods.levels import LevelGrid, fit_levels, integer_levels, minifloat_levels
 from pliant.observe.statistics import Statistics
 
-PAPER = (
-    "Revisiting Block-based Quantisation: What is Important for Sub-8-bit LLM Inference?"
-)
+PAPER = "Revisiting Block-based Quantisation: What is Important for Sub-8-bit LLM Inference?"
 ELEMENTS = ("mantissa", "minifloat", "log")
 
 

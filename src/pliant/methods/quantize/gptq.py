@@ -63,9 +63,7 @@ def gptq(
     return grid.pack(round_with_feedback(weight, grid, factor, order))
 
 
-def shared_factor(
-    statistics: Statistics, *, damp: float, act_order: bool
-) -> tuple[Tensor, Tensor]:
+def shared_factor(statistics: Statistics, *, damp: float, act_order: bool) -> tuple[Tensor, Tensor]:
     """`inverse_factor` of the second moment, kept until these statistics go or ask for another."""
     assert statistics.second_moment is not None
     kept = _FACTORS.setdefault(statistics, {})

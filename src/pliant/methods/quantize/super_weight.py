@@ -83,7 +83,7 @@ def _choose(
     symmetric: bool,
     scale_bits: int,
 ) -> Grid:
-    """The grid whose groups have each the range, of those clipped at `candidates`, of least loss."""
+    """The grid whose groups have each the best range of those clipped at `candidates`."""
     extra = -w.shape[1] % size
     best: tuple[Tensor, Tensor, Tensor] | None = None
     for z in candidates:
