@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from pliant.codes.power_scales import PowerScales
 from pliant.errors import CorruptError, PliantError
 
 _MOST_TABLES = 256
+_TILE = 1 << 17  # elements decoded at once: 1 MiB of indices, so that calls cost little beside work
 
 
 @form("group_levels")
@@ -108,15 +110,18 @@ class GroupLevels(Code):
         offsets: Tensor | None = None
         if self.selector is not None:
             picked = tuple(plane[index] for plane in self.selector)
-            offsets = unpack(picked, _selector_bits(len(self.tables)), self.groups).to(torch.int32)
+            offsets = unpack(picked, _selector_bits(len(self.tables)), self.groups).long()
             offsets = offsets << self.bit_width
-        for tile in row_tiles(decoded.shape[0], self.width, self.device):
+        for tile in row_tiles(decoded.shape[0], self.width, self.device, _TILE):
             q = unpack([plane[tile] for plane in planes], self.bit_width, self.width)
-            places = q.to(torch.int32)
+            places = q.to(torch.int64)
             if offsets is not None:
-                places += _by_column(offsets[tile], self.group_size, self.width)
-            values = torch.index_select(levels, 0, places.flatten()).view(places.shape)
-            decoded[tile] = values.mul_(_by_column(scales[tile], self.group_size, self.width))
+                for part, offset in _in_groups(places, offsets[tile], self.group_size):
+                    part.add_(offset)
+            values = torch.index_select(levels, 0, places.view(-1)).view(places.shape)
+            for part, scale in _in_groups(values, scales[tile], self.group_size):
+                part.mul_(scale)
+            decoded[tile] = values
 
     def tensors(self) -> dict[str, Tensor]:
         names = plane_names("index", self.bit_width)
@@ -170,6 +175,11 @@ def _selector_bits(tables: int) -> int:
     return (tables - 1).bit_length()
 
 
-def _by_column(values: Tensor, group_size: int, width: int) -> Tensor:
-    """[rows, groups] repeated to [rows, in]."""
-    return values.repeat_interleave(group_size, 1)[:, :width]
+def _in_groups(values: Tensor, per_group: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of values [rows, in] beside what belongs to their groups, the ragged one last."""
+    rows, width = values.shape
+    whole = width // size
+    if whole:
+        yield values[:, : whole * size].view(rows, whole, size), per_group[:, :whole, None]
+    if width % size:
+        yield values[:, whole * size :], per_group[:, whole:]
