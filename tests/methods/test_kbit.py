@@ -73,6 +73,12 @@ def test_small_blocks_and_more_bits_lower_the_error(data_type: str) -> None:
     assert by_bits == sorted(by_bits, reverse=True)
 
 
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_two_exponent_bits_are_best_for_weights(bits: int) -> None:
+    losses = [loss(heavy(), bits=bits, exponent=e) for e in (2, 3, 4) if e < bits]
+    assert losses[0] == min(losses)
+
+
 def test_floats_beat_integers_on_heavy_tails() -> None:
     weight = heavy()
     assert loss(weight, data_type="float") < 0.8 * loss(weight, data_type="int")
@@ -102,6 +108,6 @@ def test_feedback_lowers_the_error_at_the_outputs(data_type: str) -> None:
 
 
 def test_what_it_does_not_know_is_told() -> None:
-    for options in ({"bits": 1}, {"bits": 9}, {"data_type": "posit"}, {"exponent": 7}):
+    for options in ({"bits": 1}, {"bits": 9}, {"data_type": "posit"}, {"exponent": 0}, {"bits": 8, "exponent": 6}, {"exponent": 4}):
         with pytest.raises(PliantError):
             kbit(torch.eye(4), Statistics(), **options)

@@ -26,16 +26,16 @@ def kbit(
     bits: int = 4,
     data_type: str = "float",
     group_size: int = 64,
-    exponent: int = 0,
+    exponent: int = 2,
     scale_bits: int = 16,
 ) -> GroupLevels:
     """Round to nearest in a data type of `bits` bits, each block scaled by its largest |w|.
 
-    data_type "int": symmetric integers. "float": `exponent` bits, 0 meaning half of `bits`,
-    rounded up. "quantile": levels between which lie equally many of the matrix's own scaled
-    weights. "dynamic": after the sign, leading zeros are a decimal exponent and what follows the
-    first one is a fraction. Zero-shot: no data, no search of a range. Cost: one pass; quantile
-    sorts a sample of the weights. Source: Dettmers and Zettlemoyer 2022.
+    data_type "int": symmetric integers. "float": `exponent` bits of 1 to 5, the rest mantissa.
+    "quantile": levels between which lie equally many of the matrix's own scaled weights.
+    "dynamic": after the sign, leading zeros are a decimal exponent and what follows the first one
+    is a fraction. Zero-shot: no data, no search of a range. Cost: one pass; quantile sorts a
+    sample of the weights. Source: Dettmers and Zettlemoyer 2022.
     """
     return _fit(weight, bits, data_type, group_size, exponent, scale_bits).round(weight)
 
@@ -48,7 +48,7 @@ def kbit_gptq(
     bits: int = 4,
     data_type: str = "float",
     group_size: int = 64,
-    exponent: int = 0,
+    exponent: int = 2,
     scale_bits: int = 16,
     act_order: bool = True,
     damp: float = 0.1,
@@ -68,7 +68,7 @@ def _fit(
     if data_type == "int":
         levels = integer_levels(bits)
     elif data_type == "float":
-        exponent = exponent or (bits + 1) // 2
+        exponent = min(exponent, 1) if bits == 2 else exponent
         levels = minifloat_levels(exponent, bits - 1 - exponent)
     elif data_type == "dynamic":
         levels = dynamic_levels(bits)
