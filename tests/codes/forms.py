@@ -11,6 +11,7 @@ from pliant.codes import (
     ColumnStack,
     Dense,
     GroupInt,
+    GroupLevels,
     LowRank,
     Permuted,
     Rotated,
@@ -18,10 +19,13 @@ from pliant.codes import (
     Scaled,
     Sparse,
     Sum,
+    power_scales,
+    quantize_scales,
 )
 
 torch.set_num_threads(1)
 
+LEAVES = ["group_int", "group_levels", "codebook", "sparse", "dense", "low_rank"]
 SHAPES = st.tuples(st.integers(1, 23), st.integers(1, 150))
 
 
@@ -38,14 +42,33 @@ def group_int(
     return GroupInt.pack(integers(2**bits, out, width), scales, zero, bits, group, scale_bits)
 
 
+def group_levels(
+    out: int, width: int, bits: int = 4, group: int = 32, tables: int = 1, powers=False, size=16
+):
+    """With `powers` the scales are of `size` bits, 16 meaning a row's factor beside three bits."""
+    groups = -(-width // min(group, width))
+    if powers:
+        factor = torch.rand(out) + 0.5 if size == 16 else None
+        exponents = torch.randint(-9, 3, (out, groups))
+        scales = power_scales(exponents, 3 if size == 16 else size, factor)
+    else:
+        scales = quantize_scales(torch.rand(out, groups) + 0.01, size)
+    selector = integers(tables, out, groups) if tables > 1 else None
+    levels = torch.randn(tables, 2**bits)
+    return GroupLevels.pack(integers(2**bits, out, width), scales, levels, selector, bits, group)
+
+
 @st.composite
 def leaves(draw: st.DrawFn, out: int, width: int) -> Code:
-    kind = draw(st.sampled_from(["group_int", "codebook", "sparse", "dense", "low_rank"]))
+    kind = draw(st.sampled_from(LEAVES))
     torch.manual_seed(draw(st.integers(0, 2**16)))
     bits, group = draw(st.integers(1, 8)), draw(st.integers(1, 160))
     if kind == "group_int":
         scale_bits = draw(st.sampled_from([16, 4, 5, 6, 7, 8]))
         return group_int(out, width, bits, group, scale_bits, draw(st.booleans()))
+    if kind == "group_levels":
+        size, tables = draw(st.sampled_from([16, 4, 6, 8])), draw(st.sampled_from([1, 2, 3, 4, 5]))
+        return group_levels(out, width, bits, group, tables, draw(st.booleans()), size)
     if kind == "codebook":
         group = min(group, width)
         level_rows = draw(st.sampled_from([1, out]))

@@ -16,6 +16,7 @@ from pliant.codes import (
     ColumnStack,
     Dense,
     GroupInt,
+    GroupLevels,
     LowRank,
     Permuted,
     Rotated,
@@ -33,6 +34,7 @@ FORMS = {
     ColumnStack,
     Dense,
     GroupInt,
+    GroupLevels,
     LowRank,
     Permuted,
     Rotated,
@@ -44,7 +46,7 @@ FORMS = {
 
 
 def test_every_form_is_registered_once() -> None:
-    assert len({form.name for form in FORMS}) == len(FORMS) == 11
+    assert len({form.name for form in FORMS}) == len(FORMS) == 12
 
 
 @settings(max_examples=150, deadline=None)

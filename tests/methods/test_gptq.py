@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from pliant.codes import GroupInt
 from pliant.errors import PliantError
@@ -13,23 +12,9 @@ from pliant.methods.quantize import gptq as module
 from pliant.methods.quantize.gptq import gptq, inverse_factor
 from pliant.methods.quantize.rtn import rtn
 from pliant.observe.statistics import Statistics
+from tests.methods.problems import correlated, problem
 
 torch.set_num_threads(1)
-
-
-def correlated(width: int, tokens: int = 2048, seed: int = 0) -> Tensor:
-    """Second moment of inputs whose energy falls over rotated directions and uneven channels."""
-    generator = torch.Generator().manual_seed(seed)
-    energy = torch.arange(1, width + 1).float() ** -0.7
-    mix = torch.randn(width, width, generator=generator) / width**0.5
-    channels = torch.rand(width, generator=generator) * 2 + 0.1
-    x = (torch.randn(tokens, width, generator=generator) * energy) @ mix * channels
-    return x.t() @ x / tokens
-
-
-def problem(out: int = 48, width: int = 128) -> tuple[Tensor, Statistics]:
-    weight = torch.randn(out, width, generator=torch.Generator().manual_seed(1)) * 0.05
-    return weight, Statistics(tokens=2048, second_moment=correlated(width))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from pliant.codes import GroupInt, Sum
+from pliant.codes import Code, GroupInt, Sum
 from pliant.errors import PliantError
 from pliant.methods.grid import fit_grid
 from pliant.methods.quantize.super_weight import locate, super_weight
@@ -67,12 +69,41 @@ def test_the_gain_over_round_to_nearest_grows_with_the_block() -> None:
     assert gains[2] > 1.5
 
 
-def test_the_searched_clip_is_no_worse_than_any_fixed_one() -> None:
+def weighted(code: Code, weight: torch.Tensor, importance: torch.Tensor) -> float:
+    return float(((code.decode() - weight).square() * importance).sum())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_searched_clip_is_no_worse_than_any_fixed_one(known: bool) -> None:
     weight, statistics = problem()
-    searched = super_weight(weight, statistics, bits=3).decode()
-    for z in (2.0, 3.0, 1e9):
-        fixed = super_weight(weight, statistics, bits=3, deviations=z).decode()
-        assert (searched - weight).square().sum() <= (fixed - weight).square().sum() * 1.0001
+    assert statistics.input_max is not None
+    importance = statistics.input_max.square()
+    if known:
+        importance = torch.rand(1024) ** 4
+        moment = torch.diag(importance)
+        statistics = replace(statistics, second_moment=moment)
+    searched = super_weight(weight, statistics, bits=3)
+    for z in (1.5, 2.0, 3.0, 4.0, 1e9):
+        fixed = super_weight(weight, statistics, bits=3, deviations=z)
+        assert searched.nbytes == fixed.nbytes
+        assert weighted(searched, weight, importance) <= 1.001 * weighted(fixed, weight, importance)
+
+
+def test_what_a_large_input_meets_is_not_clipped() -> None:
+    """A weight of six deviations costs little in plain squares and much at its input."""
+    weight = torch.randn(32, 1024, generator=torch.Generator().manual_seed(2)) * 0.02
+    weight[:, 3] = 0.16
+    quiet, loud = torch.ones(1024), torch.ones(1024)
+    loud[3] = 300.0
+    error = []
+    for energy in (quiet, loud):
+        calm = Statistics(
+            second_moment=torch.diag(energy), input_max=torch.ones(1024), output_max=torch.ones(32)
+        )
+        decoded = super_weight(weight, calm, bits=3, group_size=0).decode()
+        error.append(float((decoded - weight)[:, 3].abs().max()))
+    assert error[0] > 0.05
+    assert error[1] < 0.02
 
 
 def test_without_a_spike_it_is_round_to_nearest_with_a_clip() -> None:

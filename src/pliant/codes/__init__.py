@@ -5,8 +5,10 @@ from pliant.codes.codebook import Codebook
 from pliant.codes.column_stack import ColumnStack
 from pliant.codes.dense import Dense
 from pliant.codes.group_int import GroupInt, GroupScales, quantize_scales
+from pliant.codes.group_levels import GroupLevels
 from pliant.codes.low_rank import LowRank
 from pliant.codes.permuted import Permuted
+from pliant.codes.power_scales import PowerScales, power_scales
 from pliant.codes.rotated import Rotated
 from pliant.codes.row_stack import RowStack
 from pliant.codes.scaled import Scaled
@@ -19,14 +21,17 @@ __all__ = [
     "ColumnStack",
     "Dense",
     "GroupInt",
+    "GroupLevels",
     "GroupScales",
     "LowRank",
     "Permuted",
+    "PowerScales",
     "Rotated",
     "RowStack",
     "Scaled",
     "Sparse",
     "Sum",
     "from_tensors",
+    "power_scales",
     "quantize_scales",
 ]

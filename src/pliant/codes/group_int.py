@@ -39,12 +39,24 @@ class GroupScales:
     def tensors(self) -> dict[str, Tensor]:
         if self.row_scale is None:
             return {"scales": self.planes[0]}
-        named = zip(_plane_names("scales", self.bits), self.planes, strict=True)
+        named = zip(plane_names("scales", self.bits), self.planes, strict=True)
         return {**dict(named), "row_scale": self.row_scale}
 
     def rows(self, index: slice | Tensor) -> GroupScales:
         row_scale = None if self.row_scale is None else self.row_scale[index]
         return GroupScales(tuple(p[index] for p in self.planes), row_scale, self.bits, self.groups)
+
+    @classmethod
+    def read(cls, stored: Stored, out: int, groups: int) -> GroupScales:
+        """The scales that a code's meta and tensors describe."""
+        bits = stored.integer("scale_bits", 4, 16)
+        if 8 < bits < 16:
+            raise CorruptError(f"scale_bits must be 16 or 4 to 8, not {bits}")
+        if bits == 16:
+            half = stored.tensor("scales", (out, groups), torch.float16)
+            return cls((half,), None, 16, groups)
+        row_scale = stored.tensor("row_scale", (out,), torch.float16)
+        return cls(stored_planes(stored, "scales", bits, out, groups), row_scale, bits, groups)
 
 
 def quantize_scales(scales: Tensor, scale_bits: int = 16) -> GroupScales:
@@ -77,8 +89,19 @@ def _half(values: Tensor) -> Tensor:
     return torch.where((half == 0) & (values != 0), tiny, half)
 
 
-def _plane_names(stem: str, bits: int) -> list[str]:
+def plane_names(stem: str, bits: int) -> list[str]:
+    """What the bit planes of integers of `bits` bits are called on disk."""
     return [f"{stem}.{width}" for width in PLANES[bits]]
+
+
+def stored_planes(
+    stored: Stored, stem: str, bits: int, out: int, columns: int
+) -> tuple[Tensor, ...]:
+    """The bit planes of [out, columns] integers, checked."""
+    return tuple(
+        stored.tensor(name, (out, plane_bytes(columns, plane)), torch.uint8)
+        for name, plane in zip(plane_names(stem, bits), PLANES[bits], strict=True)
+    )
 
 
 @form("group_int")
@@ -190,10 +213,10 @@ class GroupInt(Code):
                 target.copy_(values)
 
     def tensors(self) -> dict[str, Tensor]:
-        names = _plane_names("q", self.bit_width)
+        names = plane_names("q", self.bit_width)
         stored = dict(zip(names, self.planes, strict=True)) | self.stored_scales.tensors()
         if self.zeros is not None:
-            names = _plane_names("zeros", self.bit_width)
+            names = plane_names("zeros", self.bit_width)
             stored |= dict(zip(names, self.zeros, strict=True))
         return stored
 
@@ -213,26 +236,10 @@ class GroupInt(Code):
         bits = stored.integer("bits", 1, 8)
         group_size = stored.integer("group_size", 1, max(width, 1))
         groups = -(-width // group_size)
-
-        def planes(stem: str, bits: int, columns: int) -> tuple[Tensor, ...]:
-            return tuple(
-                stored.tensor(name, (out, plane_bytes(columns, plane)), torch.uint8)
-                for name, plane in zip(_plane_names(stem, bits), PLANES[bits], strict=True)
-            )
-
-        scale_bits = stored.integer("scale_bits", 4, 16)
-        if 8 < scale_bits < 16:
-            raise CorruptError(f"scale_bits must be 16 or 4 to 8, not {scale_bits}")
-        if scale_bits <= 8:
-            row_scale = stored.tensor("row_scale", (out,), torch.float16)
-            scales = GroupScales(
-                planes("scales", scale_bits, groups), row_scale, scale_bits, groups
-            )
-        else:
-            half = stored.tensor("scales", (out, groups), torch.float16)
-            scales = GroupScales((half,), None, 16, groups)
-        zeros = planes("zeros", bits, groups) if stored.flag("zeros") else None
-        return cls(planes("q", bits, width), scales, zeros, width, bits, group_size)
+        scales = GroupScales.read(stored, out, groups)
+        zeros = stored_planes(stored, "zeros", bits, out, groups) if stored.flag("zeros") else None
+        planes = stored_planes(stored, "q", bits, out, width)
+        return cls(planes, scales, zeros, width, bits, group_size)
 
 
 def _clip_group(group_size: int, width: int) -> int:

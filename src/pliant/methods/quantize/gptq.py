@@ -59,12 +59,20 @@ def gptq(
         clip=clip,
         scale_bits=scale_bits,
     )
+    factor, order = shared_factor(statistics, damp=damp, act_order=act_order)
+    return grid.pack(round_with_feedback(weight, grid, factor, order))
+
+
+def shared_factor(statistics: Statistics, *, damp: float, act_order: bool) -> tuple[Tensor, Tensor]:
+    """`inverse_factor` of the second moment, kept until these statistics go or ask for another."""
+    assert statistics.second_moment is not None
     kept = _FACTORS.setdefault(statistics, {})
     if (damp, act_order) not in kept:
         kept.clear()
-        kept[damp, act_order] = inverse_factor(moment, damp=damp, act_order=act_order)
-    factor, order = kept[damp, act_order]
-    return grid.pack(round_with_feedback(weight, grid, factor, order))
+        kept[damp, act_order] = inverse_factor(
+            statistics.second_moment, damp=damp, act_order=act_order
+        )
+    return kept[damp, act_order]
 
 
 def inverse_factor(
