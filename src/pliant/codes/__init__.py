@@ -10,8 +10,10 @@ from pliant.codes.permuted import Permuted
 from pliant.codes.rotated import Rotated
 from pliant.codes.row_stack import RowStack
 from pliant.codes.scaled import Scaled
+from pliant.codes.signed import Signed
 from pliant.codes.sparse import Sparse
 from pliant.codes.sum import Sum
+from pliant.codes.ternary import Ternary
 
 __all__ = [
     "Code",
@@ -25,8 +27,10 @@ __all__ = [
     "Rotated",
     "RowStack",
     "Scaled",
+    "Signed",
     "Sparse",
     "Sum",
+    "Ternary",
     "from_tensors",
     "quantize_scales",
 ]

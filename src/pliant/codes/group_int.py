@@ -46,6 +46,22 @@ class GroupScales:
         row_scale = None if self.row_scale is None else self.row_scale[index]
         return GroupScales(tuple(p[index] for p in self.planes), row_scale, self.bits, self.groups)
 
+    @classmethod
+    def build(cls, stored: Stored, out: int, groups: int) -> GroupScales:
+        """The scales that a code of `out` rows has stored under its meta's scale_bits."""
+        bits = stored.integer("scale_bits", 4, 16)
+        if 8 < bits < 16:
+            raise CorruptError(f"scale_bits must be 16 or 4 to 8, not {bits}")
+        if bits == 16:
+            return cls((stored.tensor("scales", (out, groups), torch.float16),), None, 16, groups)
+        row_scale = stored.tensor("row_scale", (out,), torch.float16)
+        return cls(stored_planes(stored, "scales", bits, out, groups), row_scale, bits, groups)
+
+    @staticmethod
+    def size(out: int, groups: int, bits: int = 16) -> int:
+        """Bytes of such scales, without making them."""
+        return 2 * out * groups if bits == 16 else packed_nbytes(out, groups, bits) + 2 * out
+
 
 def quantize_scales(scales: Tensor, scale_bits: int = 16) -> GroupScales:
     """Round `scales` (float [out, groups], >= 0 unless scale_bits is 16) to their stored form.
@@ -81,6 +97,16 @@ def _plane_names(stem: str, bits: int) -> list[str]:
     return [f"{stem}.{width}" for width in PLANES[bits]]
 
 
+def stored_planes(
+    stored: Stored, stem: str, bits: int, out: int, columns: int
+) -> tuple[Tensor, ...]:
+    """The bit planes of [out, columns] integers that are stored under `stem`."""
+    return tuple(
+        stored.tensor(name, (out, plane_bytes(columns, plane)), torch.uint8)
+        for name, plane in zip(_plane_names(stem, bits), PLANES[bits], strict=True)
+    )
+
+
 @form("group_int")
 @dataclass(frozen=True, eq=False)
 class GroupInt(Code):
@@ -111,7 +137,7 @@ class GroupInt(Code):
         out, width = q.shape
         if bits not in PLANES:
             raise PliantError(f"bits must be 1 to 8, not {bits}")
-        group_size = _clip_group(group_size, width)
+        group_size = clip_group(group_size, width)
         stored = scales if isinstance(scales, GroupScales) else quantize_scales(scales, scale_bits)
         groups = -(-width // group_size)
         if stored.groups != groups or stored.planes[0].shape[0] != out:
@@ -131,11 +157,10 @@ class GroupInt(Code):
         out: int, width: int, bits: int, group_size: int, *, zeros: bool, scale_bits: int = 16
     ) -> int:
         """`nbytes` of such a code, without making it."""
-        groups = -(-width // _clip_group(group_size, width))
-        scales = 2 * out * groups if scale_bits == 16 else packed_nbytes(out, groups, scale_bits)
-        row_scale = 0 if scale_bits == 16 else 2 * out
+        groups = -(-width // clip_group(group_size, width))
+        scales = GroupScales.size(out, groups, scale_bits)
         packed_zeros = packed_nbytes(out, groups, bits) if zeros else 0
-        return packed_nbytes(out, width, bits) + scales + row_scale + packed_zeros
+        return packed_nbytes(out, width, bits) + scales + packed_zeros
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -185,7 +210,7 @@ class GroupInt(Code):
             values = target if decoded.dtype == torch.float32 else torch.empty_like(target).float()
             values.copy_(q)
             zero = zeros if isinstance(zeros, float) else zeros[tile]
-            _dequantize(values, scales[tile], zero, self.group_size)
+            dequantize(values, scales[tile], zero, self.group_size)
             if values is not target:
                 target.copy_(values)
 
@@ -214,32 +239,19 @@ class GroupInt(Code):
         group_size = stored.integer("group_size", 1, max(width, 1))
         groups = -(-width // group_size)
 
-        def planes(stem: str, bits: int, columns: int) -> tuple[Tensor, ...]:
-            return tuple(
-                stored.tensor(name, (out, plane_bytes(columns, plane)), torch.uint8)
-                for name, plane in zip(_plane_names(stem, bits), PLANES[bits], strict=True)
-            )
-
-        scale_bits = stored.integer("scale_bits", 4, 16)
-        if 8 < scale_bits < 16:
-            raise CorruptError(f"scale_bits must be 16 or 4 to 8, not {scale_bits}")
-        if scale_bits <= 8:
-            row_scale = stored.tensor("row_scale", (out,), torch.float16)
-            scales = GroupScales(
-                planes("scales", scale_bits, groups), row_scale, scale_bits, groups
-            )
-        else:
-            half = stored.tensor("scales", (out, groups), torch.float16)
-            scales = GroupScales((half,), None, 16, groups)
-        zeros = planes("zeros", bits, groups) if stored.flag("zeros") else None
-        return cls(planes("q", bits, width), scales, zeros, width, bits, group_size)
+        scales = GroupScales.build(stored, out, groups)
+        has_zeros = stored.flag("zeros")
+        zeros = stored_planes(stored, "zeros", bits, out, groups) if has_zeros else None
+        q = stored_planes(stored, "q", bits, out, width)
+        return cls(q, scales, zeros, width, bits, group_size)
 
 
-def _clip_group(group_size: int, width: int) -> int:
+def clip_group(group_size: int, width: int) -> int:
+    """The group size as stored: a whole row for 0 or more than the width."""
     return width or 1 if group_size <= 0 else max(1, min(group_size, width))
 
 
-def _dequantize(values: Tensor, scales: Tensor, zeros: Tensor | float, group_size: int) -> None:
+def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | float, group_size: int) -> None:
     """values <- (values - zero) * scale in place, group by group, the ragged group last."""
     width = values.shape[1]
     whole = width // group_size
