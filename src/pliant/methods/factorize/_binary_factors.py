@@ -47,18 +47,38 @@ class BinaryFactors:
         return signs + 2 * (out + rank + width)
 
 
-def dual_svid(matrix: Tensor, rank: int, input_scale: Tensor) -> BinaryFactors:
+def dual_svid(
+    matrix: Tensor,  # [out, in]
+    rank: int,
+    input_scale: Tensor,  # [in], columns are scaled by it before, and their scales back after
+    rotations: int = 0,
+) -> BinaryFactors:
     """The signs of an SVD's factors, and a rank-1 fit of each factor's magnitudes.
 
-    matrix [out, in] is scaled by `input_scale` [in] before, and its column scales back after.
+    Any rotation between the two factors leaves their product as it is; `rotations` steps of
+    Iterative Quantization (Gong and Lazebnik) look for one after which both are close to signs.
     """
     a, b = project_error(matrix * input_scale, rank)
     root = b.norm(dim=1).clamp_min(1e-20).sqrt()  # of each singular value, to both factors
     a, b = a * root, b / root[:, None]
+    if rotations > 0:
+        rotation = _towards_signs(torch.cat([a, b.t()]), rotations)
+        a, b = a @ rotation, rotation.t() @ b
     row, from_u = (f.abs() for f in project_error(a.abs(), 1))
     from_v, column = (f.abs() for f in project_error(b.abs(), 1))
     latent = from_u[0] * from_v[:, 0]
     return BinaryFactors(_sign(a), _sign(b), row[:, 0], latent, column[0] / input_scale)
+
+
+def _towards_signs(vectors: Tensor, steps: int) -> Tensor:
+    """An orthogonal R that brings |sign(X R) - X R| down, X [n, rank]. [rank, rank]"""
+    rank = vectors.shape[1]
+    start = torch.randn(rank, rank, generator=torch.Generator().manual_seed(0))
+    rotation: Tensor = torch.linalg.qr(start).Q.to(vectors.device)
+    for _ in range(steps):
+        left, _, right = torch.linalg.svd(vectors.t() @ _sign(vectors @ rotation))
+        rotation = left @ right
+    return rotation
 
 
 def refine(

@@ -45,7 +45,7 @@ def ternary_grid(alpha: Tensor, group_size: int, scale_bits: int) -> TernaryGrid
 
 
 def magnitudes(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """(|w| by group, which of them are weights and not padding): [out, groups, size], [groups, size].
+    """(|w| by group, 1 where it is no padding): [out, groups, size], [groups, size].
 
     group_size 0 or less: one group a row. The last group may be ragged; padding is 0.
     """
