@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pliant.codes import Codebook, GroupInt, Sum
-from pliant.errors import PliantError
+from pliant.errors import PliantError, RecipeError
+from pliant.fit.recipe import RungSpec
 from pliant.methods.numerics import weighted_error
 from pliant.methods.quantize.binary_operators import binary_operators
 from pliant.methods.quantize.gptq import inverse_factor
@@ -113,3 +114,12 @@ def test_what_is_wrong_or_missing_is_told() -> None:
     for operator in OPERATORS:
         with pytest.raises(PliantError, match="second moment"):
             binary_operators(weight, NOTHING, operator=operator, feedback=True)
+
+
+def test_a_recipe_can_ask_for_it_and_is_told_what_is_wrong() -> None:
+    for operator in OPERATORS:
+        for feedback in (False, True):
+            options = {"operator": operator, "feedback": feedback}
+            RungSpec(method="binary_operators", options=options).check()
+    with pytest.raises(RecipeError, match="operator"):
+        RungSpec(method="binary_operators", options={"operator": "column"}).check()

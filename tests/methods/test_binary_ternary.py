@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from pliant.codes import GroupInt, Ternary
-from pliant.errors import PliantError
+from pliant.errors import PliantError, RecipeError
+from pliant.fit.recipe import RungSpec
 from pliant.methods.numerics import weighted_error
 from pliant.methods.quantize.binary_ternary import binary, ternary
 from pliant.observe.statistics import Statistics
@@ -108,3 +109,13 @@ def test_what_is_wrong_or_missing_is_told() -> None:
         silent = Statistics(second_moment=torch.zeros(10, 10))
         assert bool(torch.isfinite(method(weight, silent, levels="optimal").decode()).all())
         assert float(method(torch.zeros(4, 10), statistics).decode().abs().max()) < 1e-6
+
+
+def test_a_recipe_can_ask_for_it_and_is_told_what_is_wrong() -> None:
+    for method in ("binary", "ternary"):
+        for levels in ("mean", "max", "optimal"):
+            for feedback in (False, True):
+                options = {"levels": levels, "feedback": feedback, "scale_bits": 6}
+                RungSpec(method=method, options=options).check()
+    with pytest.raises(RecipeError, match="levels"):
+        RungSpec(method="ternary", options={"levels": "median"}).check()

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pliant.codes import LowRank, Signed
-from pliant.errors import PliantError
+from pliant.errors import PliantError, RecipeError
+from pliant.fit.recipe import RungSpec
 from pliant.methods.factorize.bitstack import bitstack
 from pliant.observe.statistics import Statistics
 
@@ -92,3 +93,10 @@ def test_silent_inputs_and_wrong_options() -> None:
     assert not bitstack(torch.zeros(6, 4), Statistics(), blocks=2, rank=1).decode().any()
     with pytest.raises(PliantError, match="blocks"):
         bitstack(torch.eye(4), Statistics(), blocks=0)
+
+
+def test_a_recipe_can_ask_for_it_and_is_told_what_is_wrong() -> None:
+    for blocks in (1, 3):
+        RungSpec(method="bitstack", options={"blocks": blocks, "rank": 4}).check()
+    with pytest.raises(RecipeError, match="blocks"):
+        RungSpec(method="bitstack", options={"blocks": 0}).check()

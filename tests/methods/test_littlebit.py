@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pliant.codes import GroupInt, LowRank, Scaled, Sum
-from pliant.errors import PliantError
+from pliant.errors import PliantError, RecipeError
+from pliant.fit.recipe import RungSpec
 from pliant.methods.factorize._binary_factors import BinaryFactors, dual_svid, refine
 from pliant.methods.factorize.littlebit import littlebit
 from pliant.methods.latent_factors import LatentFactors
@@ -171,3 +172,10 @@ def test_latent_factors_start_at_the_code_and_learn_at_the_same_bytes(residual: 
     assert any(flipped), "training flips signs, it does not move scales alone"
     with pytest.raises(PliantError, match="littlebit"):
         LatentFactors(GroupInt.pack(weight > 0, torch.ones(96, 1), None, 1, 0), weight)
+
+
+def test_a_recipe_can_ask_for_it_and_is_told_what_is_wrong() -> None:
+    for options in ({}, {"bits": 0.3}, {"bits": 1.5, "residual": False}, {"rounds": 0}):
+        RungSpec(method="littlebit", options=options).check()
+    with pytest.raises(RecipeError, match="bits"):
+        RungSpec(method="littlebit", options={"bits": -1.0}).check()

@@ -122,10 +122,11 @@ def _flip_v(f: BinaryFactors, weight: Tensor, moment: Tensor) -> BinaryFactors:
             if count == 0:
                 break
             chosen = order[:count]
-            delta = -2.0 * v[k, chosen]
-            moved = delta @ h[chosen]
-            if float(gram[k, k] * (moved[chosen] @ delta) - 2 * (delta @ slope[k, chosen])) < 0:
-                v[k, chosen] += delta
+            delta = torch.zeros_like(v[k])
+            delta[chosen] = -2.0 * v[k, chosen]
+            moved = delta @ h
+            if float(gram[k, k] * (moved @ delta) - 2 * (delta @ slope[k])) < 0:
+                v[k] += delta
                 slope.addr_(gram[:, k], moved, alpha=-1.0)
                 break
             count //= 2
