@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.codes.base import Code, Stored, form, prefixed
+from pliant.codes.base import Code, Stored, form, one_thread, prefixed, row_tiles
 from pliant.codes.packing import pack, plane_bytes, unpack
 from pliant.errors import PliantError
 
@@ -42,9 +42,15 @@ class Signed(Code):
         return self.inner.shape
 
     def rows(self, index: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        values = self.inner.rows(index)
-        positive = unpack((self.signs[index],), 1, self.shape[1]).bool()
-        return torch.where(positive, values, -values).to(dtype)
+        values, signs = self.inner.rows(index), self.signs[index]
+        with one_thread():
+            for tile in row_tiles(values.shape[0], self.shape[1], self.device):
+                values[tile] *= _plus_minus(signs[tile], self.shape[1])
+        return values.to(dtype)
+
+    def sign_rows(self, index: slice) -> Tensor:
+        """S alone, float32 [n, in]."""
+        return _plus_minus(self.signs[index], self.shape[1])
 
     def tensors(self) -> dict[str, Tensor]:
         return {"signs": self.signs, **prefixed("inner", self.inner)}
@@ -57,3 +63,7 @@ class Signed(Code):
         inner = stored.code("inner")
         out, width = inner.shape
         return cls(stored.tensor("signs", (out, plane_bytes(width, 1)), torch.uint8), inner)
+
+
+def _plus_minus(packed: Tensor, width: int) -> Tensor:
+    return unpack((packed,), 1, width).float().mul_(2.0).sub_(1.0)
