@@ -17,15 +17,17 @@ from pliant.codes import (
     Rotated,
     RowStack,
     Scaled,
+    Signed,
     Sparse,
     Sum,
+    Ternary,
     power_scales,
     quantize_scales,
 )
 
 torch.set_num_threads(1)
 
-LEAVES = ["group_int", "group_levels", "codebook", "sparse", "dense", "low_rank"]
+LEAVES = ["group_int", "group_levels", "codebook", "ternary", "sparse", "dense", "low_rank"]
 SHAPES = st.tuples(st.integers(1, 23), st.integers(1, 150))
 
 
@@ -74,6 +76,10 @@ def leaves(draw: st.DrawFn, out: int, width: int) -> Code:
         level_rows = draw(st.sampled_from([1, out]))
         levels = torch.randn(level_rows, -(-width // group), 2**bits)
         return Codebook.pack(integers(2**bits, out, width), levels, bits, group)
+    if kind == "ternary":
+        scales = torch.rand(out, -(-width // min(group, width))) + 0.01
+        scale_bits = draw(st.sampled_from([16, 4, 6]))
+        return Ternary.pack(integers(3, out, width), scales, group, scale_bits)
     if kind == "sparse":
         keep = torch.rand(out, width) < draw(st.sampled_from([0.0, 0.02, 0.3, 1.0]))
         return Sparse.from_dense(torch.randn(out, width), keep)
@@ -90,7 +96,7 @@ def leaves(draw: st.DrawFn, out: int, width: int) -> Code:
 def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None) -> Code:
     """Any form, nested up to `depth`."""
     out, width = draw(SHAPES) if shape is None else shape
-    forms = ["leaf", "sum", "rotated", "scaled", "permuted", "row_stack", "column_stack"]
+    forms = ["leaf", "sum", "rotated", "scaled", "signed", "permuted", "row_stack", "column_stack"]
     kind = draw(st.sampled_from(forms))
     if depth == 0 or kind == "leaf":
         return draw(leaves(out, width))
@@ -106,6 +112,8 @@ def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None)
     inner = draw(codes(depth - 1, (out, width)))
     if kind == "rotated":
         return Rotated(inner, draw(st.integers(0, 9)))
+    if kind == "signed":
+        return Signed.of(torch.rand(out, width) < 0.5, inner)
     if kind == "permuted":
         return Permuted.by(inner, torch.randperm(width))
     scales = [(torch.rand(size) + 0.5).half() for size in (out, width)]

@@ -22,8 +22,10 @@ from pliant.codes import (
     Rotated,
     RowStack,
     Scaled,
+    Signed,
     Sparse,
     Sum,
+    Ternary,
     from_tensors,
 )
 from pliant.errors import CorruptError, PliantError
@@ -40,13 +42,15 @@ FORMS = {
     Rotated,
     RowStack,
     Scaled,
+    Signed,
     Sparse,
     Sum,
+    Ternary,
 }
 
 
 def test_every_form_is_registered_once() -> None:
-    assert len({form.name for form in FORMS}) == len(FORMS) == 12
+    assert len({form.name for form in FORMS}) == len(FORMS) == 14
 
 
 @settings(max_examples=150, deadline=None)

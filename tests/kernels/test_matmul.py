@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant.codes import Code, Codebook, Dense, GroupInt
+from pliant.codes import Code, Codebook, Dense, GroupInt, LowRank, Signed
 from pliant.errors import PliantError
 from pliant.kernels import matmul, reference, register
 from pliant.kernels.dispatch import _KERNELS
@@ -38,6 +38,14 @@ def test_leading_dimensions_are_kept() -> None:
     torch.testing.assert_close(matmul(x, code), x @ code.decode().T)
     assert matmul(x[0, 0, 0], code).shape == (6,)
     assert matmul(torch.empty(2, 0, 40), code).shape == (2, 0, 6)
+
+
+@pytest.mark.parametrize("inputs", [1, 3, 40])
+def test_signed_factors_with_few_inputs_and_with_many(inputs: int) -> None:
+    factors = LowRank.from_factors(torch.randn(4000, 3), torch.randn(3, 90))
+    code = Signed.of(torch.rand(4000, 90) < 0.5, factors)
+    x = torch.randn(inputs, 90)
+    torch.testing.assert_close(matmul(x, code), x @ code.decode().T, rtol=1e-4, atol=1e-4)
 
 
 def test_a_wrong_width_is_told() -> None:

@@ -12,8 +12,10 @@ from pliant.codes.power_scales import PowerScales, power_scales
 from pliant.codes.rotated import Rotated
 from pliant.codes.row_stack import RowStack
 from pliant.codes.scaled import Scaled
+from pliant.codes.signed import Signed
 from pliant.codes.sparse import Sparse
 from pliant.codes.sum import Sum
+from pliant.codes.ternary import Ternary
 
 __all__ = [
     "Code",
@@ -29,8 +31,10 @@ __all__ = [
     "Rotated",
     "RowStack",
     "Scaled",
+    "Signed",
     "Sparse",
     "Sum",
+    "Ternary",
     "from_tensors",
     "power_scales",
     "quantize_scales",

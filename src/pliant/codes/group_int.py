@@ -58,6 +58,11 @@ class GroupScales:
         row_scale = stored.tensor("row_scale", (out,), torch.float16)
         return cls(stored_planes(stored, "scales", bits, out, groups), row_scale, bits, groups)
 
+    @staticmethod
+    def size(out: int, groups: int, bits: int = 16) -> int:
+        """Bytes of such scales, without making them."""
+        return 2 * out * groups if bits == 16 else packed_nbytes(out, groups, bits) + 2 * out
+
 
 def quantize_scales(scales: Tensor, scale_bits: int = 16) -> GroupScales:
     """Round `scales` (float [out, groups], >= 0 unless scale_bits is 16) to their stored form.
@@ -134,7 +139,7 @@ class GroupInt(Code):
         out, width = q.shape
         if bits not in PLANES:
             raise PliantError(f"bits must be 1 to 8, not {bits}")
-        group_size = _clip_group(group_size, width)
+        group_size = clip_group(group_size, width)
         stored = scales if isinstance(scales, GroupScales) else quantize_scales(scales, scale_bits)
         groups = -(-width // group_size)
         if stored.groups != groups or stored.planes[0].shape[0] != out:
@@ -154,11 +159,10 @@ class GroupInt(Code):
         out: int, width: int, bits: int, group_size: int, *, zeros: bool, scale_bits: int = 16
     ) -> int:
         """`nbytes` of such a code, without making it."""
-        groups = -(-width // _clip_group(group_size, width))
-        scales = 2 * out * groups if scale_bits == 16 else packed_nbytes(out, groups, scale_bits)
-        row_scale = 0 if scale_bits == 16 else 2 * out
+        groups = -(-width // clip_group(group_size, width))
+        scales = GroupScales.size(out, groups, scale_bits)
         packed_zeros = packed_nbytes(out, groups, bits) if zeros else 0
-        return packed_nbytes(out, width, bits) + scales + row_scale + packed_zeros
+        return packed_nbytes(out, width, bits) + scales + packed_zeros
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -208,7 +212,7 @@ class GroupInt(Code):
             values = target if decoded.dtype == torch.float32 else torch.empty_like(target).float()
             values.copy_(q)
             zero = zeros if isinstance(zeros, float) else zeros[tile]
-            _dequantize(values, scales[tile], zero, self.group_size)
+            dequantize(values, scales[tile], zero, self.group_size)
             if values is not target:
                 target.copy_(values)
 
@@ -242,11 +246,12 @@ class GroupInt(Code):
         return cls(planes, scales, zeros, width, bits, group_size)
 
 
-def _clip_group(group_size: int, width: int) -> int:
+def clip_group(group_size: int, width: int) -> int:
+    """The group size as stored: a whole row for 0 or more than the width."""
     return width or 1 if group_size <= 0 else max(1, min(group_size, width))
 
 
-def _dequantize(values: Tensor, scales: Tensor, zeros: Tensor | float, group_size: int) -> None:
+def dequantize(values: Tensor, scales: Tensor, zeros: Tensor | float, group_size: int) -> None:
     """values <- (values - zero) * scale in place, group by group, the ragged group last."""
     width = values.shape[1]
     whole = width // group_size

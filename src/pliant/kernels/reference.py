@@ -18,12 +18,14 @@ from pliant.codes import (
     Rotated,
     RowStack,
     Scaled,
+    Signed,
     Sparse,
     Sum,
 )
 from pliant.kernels.dispatch import matmul, register
 
 SCRATCH = 2**20  # bytes of decoded rows held at once, beside the tiles that a code decodes by
+_FEW = 64  # products with a sign matrix that cost no more than decoding its magnitudes
 GPU_SCRATCH = 2**28  # on a GPU, where a launch costs as much as decoding some 100,000 weights
 
 
@@ -97,6 +99,22 @@ def scaled(x: Tensor, code: Code) -> Tensor:
     assert isinstance(code, Scaled)
     y = matmul(x if code.in_scale is None else (x * code.in_scale.float()).to(x.dtype), code.inner)
     return y if code.out_scale is None else (y * code.out_scale.float()).to(x.dtype)
+
+
+@register(Signed)
+def signed(x: Tensor, code: Code) -> Tensor:
+    """(S * A B) x = sum over k of a_k * S (b_k * x): for few inputs, without the product A B."""
+    assert isinstance(code, Signed)
+    inner = code.inner
+    if not isinstance(inner, LowRank) or not 0 < x.shape[0] * inner.rank <= _FEW:
+        return by_row_tiles(x, code)
+    a, b = inner.a.decode(), inner.b.decode()
+    spread = (x.float()[:, None, :] * b).flatten(0, 1)  # [n rank, in]
+    y = torch.empty(x.shape[0], code.shape[0], device=x.device)
+    for tile in _tiles(spread, code):
+        seen = F.linear(spread, code.sign_rows(tile)).view(x.shape[0], inner.rank, -1)
+        y[:, tile] = (seen * a[tile].t()).sum(1)
+    return y.to(x.dtype)
 
 
 @register(RowStack)

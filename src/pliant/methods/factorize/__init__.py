@@ -1,0 +1,1 @@
+"""Methods that store a weight as products of smaller matrices."""
