@@ -9,6 +9,11 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
+import torch  # noqa: E402  (reads the line above)
+
+if not torch.cuda.is_available():  # kernels run in Triton's interpreter, if Triton is there
+    os.environ["TRITON_INTERPRET"] = "1"
+
 TEXT = """
 The harbour of the old town wakes before the sun does. Boats that went out at midnight come back
 one after the other, low in the water, and the gulls know it well ahead of the people. By five

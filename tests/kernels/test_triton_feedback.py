@@ -5,13 +5,9 @@ Without a GPU it runs in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 pytest.importorskip("triton")
 
 from pliant.methods.grid import fit_grid
