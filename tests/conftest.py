@@ -9,7 +9,7 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
-import torch  # noqa: E402  (reads the line above)
+import torch
 
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, if Triton is there
     os.environ["TRITON_INTERPRET"] = "1"
