@@ -25,7 +25,8 @@ class _Strict(BaseModel):
 
 def _trial_statistics() -> Statistics:
     ones = torch.ones(_TRIAL)
-    return Statistics(1, torch.eye(_TRIAL), ones, ones, torch.ones(_TRIAL, _TRIAL), ones)
+    square = torch.ones(_TRIAL, _TRIAL)
+    return Statistics(1, torch.eye(_TRIAL), ones, ones, square, ones, torch.eye(_TRIAL), square)
 
 
 class RungSpec(_Strict):
