@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from pliant.codes import (
+    BlockRotated,
     Code,
     Codebook,
     ColumnStack,
@@ -38,6 +39,10 @@ def group_int(
     return GroupInt.pack(integers(2**bits, out, width), scales, zero, bits, group, scale_bits)
 
 
+def orthogonal(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size)).Q
+
+
 @st.composite
 def leaves(draw: st.DrawFn, out: int, width: int) -> Code:
     kind = draw(st.sampled_from(["group_int", "codebook", "sparse", "dense", "low_rank"]))
@@ -68,6 +73,7 @@ def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None)
     """Any form, nested up to `depth`."""
     out, width = draw(SHAPES) if shape is None else shape
     forms = ["leaf", "sum", "rotated", "scaled", "permuted", "row_stack", "column_stack"]
+    forms.append("block_rotated")
     kind = draw(st.sampled_from(forms))
     if depth == 0 or kind == "leaf":
         return draw(leaves(out, width))
@@ -83,6 +89,11 @@ def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None)
     inner = draw(codes(depth - 1, (out, width)))
     if kind == "rotated":
         return Rotated(inner, draw(st.integers(0, 9)))
+    if kind == "block_rotated":
+        size = draw(st.integers(1, min(width, 64)))
+        count = draw(st.sampled_from([1, width // size]))
+        blocks = [orthogonal(size) for _ in range(count)]
+        return BlockRotated.by(inner, torch.stack(blocks), orthogonal(width % size))
     if kind == "permuted":
         return Permuted.by(inner, torch.randperm(width))
     scales = [(torch.rand(size) + 0.5).half() for size in (out, width)]
