@@ -66,6 +66,8 @@ class RungSpec(_Strict):
             if self.options:
                 raise RecipeError(f"keep takes no options, not {sorted(self.options)}")
             return
+        if self.info().kind == "reconstruct":
+            raise RecipeError(f"{self.method} improves codes that another method made; no rung")
         known = dict(self.info().options)
         base = self.options.get("base", known.get("base"))
         if isinstance(base, str):
