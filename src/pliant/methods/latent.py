@@ -74,7 +74,8 @@ def _as_stored(scales: Tensor, bits: int) -> Tensor:
         return scales.half().float()
     top = 2**bits - 1
     unit = (scales.amax(1, keepdim=True) * (2**bits / top)).half().float() * 2.0**-bits
-    return (scales / unit).round_().clamp_(1, top).mul_(unit)
+    rounded: Tensor = (scales / unit).round_().clamp_(1, top).mul_(unit)
+    return rounded
 
 
 class _FakeQuantize(torch.autograd.Function):
