@@ -46,13 +46,18 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="rows whose name contains one of these, comma-separated")
+    parser.add_argument(
+        "--only", default="", help="rows whose name contains one of these, comma-separated"
+    )
     parser.add_argument("--work", default=str(HERE / "results"), help="keeps methods.json")
     arguments = parser.parse_args()
     source = Path(arguments.model) if arguments.model else regridded_smollm2()
     bench = Bench(source, arguments)
     for row in (*CURVE, *ROWS):
-        if any(part in row.label for part in arguments.only.split(",")) and row.key not in bench.known:
+        if (
+            any(part in row.label for part in arguments.only.split(","))
+            and row.key not in bench.known
+        ):
             bench.measure(row)
     write(bench.known, arguments, source.name)
 

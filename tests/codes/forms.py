@@ -6,6 +6,7 @@ import torch
 from hypothesis import strategies as st
 
 from pliant.codes import (
+    BlockRotated,
     Code,
     Codebook,
     ColumnStack,
@@ -60,6 +61,10 @@ def group_levels(
     return GroupLevels.pack(integers(2**bits, out, width), scales, levels, selector, bits, group)
 
 
+def orthogonal(size: int) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(size, size)).Q
+
+
 @st.composite
 def leaves(draw: st.DrawFn, out: int, width: int) -> Code:
     kind = draw(st.sampled_from(LEAVES))
@@ -97,6 +102,7 @@ def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None)
     """Any form, nested up to `depth`."""
     out, width = draw(SHAPES) if shape is None else shape
     forms = ["leaf", "sum", "rotated", "scaled", "signed", "permuted", "row_stack", "column_stack"]
+    forms.append("block_rotated")
     kind = draw(st.sampled_from(forms))
     if depth == 0 or kind == "leaf":
         return draw(leaves(out, width))
@@ -114,6 +120,11 @@ def codes(draw: st.DrawFn, depth: int = 2, shape: tuple[int, int] | None = None)
         return Rotated(inner, draw(st.integers(0, 9)))
     if kind == "signed":
         return Signed.of(torch.rand(out, width) < 0.5, inner)
+    if kind == "block_rotated":
+        size = draw(st.integers(1, min(width, 64)))
+        count = draw(st.sampled_from([1, width // size]))
+        blocks = [orthogonal(size) for _ in range(count)]
+        return BlockRotated.by(inner, torch.stack(blocks), orthogonal(width % size))
     if kind == "permuted":
         return Permuted.by(inner, torch.randperm(width))
     scales = [(torch.rand(size) + 0.5).half() for size in (out, width)]

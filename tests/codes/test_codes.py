@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pliant.codes import (
+    BlockRotated,
     Code,
     Codebook,
     ColumnStack,
@@ -32,6 +33,7 @@ from pliant.errors import CorruptError, PliantError
 from tests.codes.forms import codes, group_int, integers
 
 FORMS = {
+    BlockRotated,
     Codebook,
     ColumnStack,
     Dense,
@@ -50,7 +52,7 @@ FORMS = {
 
 
 def test_every_form_is_registered_once() -> None:
-    assert len({form.name for form in FORMS}) == len(FORMS) == 14
+    assert len({form.name for form in FORMS}) == len(FORMS) == 15
 
 
 @settings(max_examples=150, deadline=None)

@@ -161,9 +161,10 @@ def test_default_rungs_work_and_rise_in_bits() -> None:
         assert bits == sorted(bits)
 
 
-def test_every_method_of_the_catalog_can_be_a_rung() -> None:
-    """But for those that choose calibration text."""
+def test_every_method_of_the_catalog_that_makes_codes_can_be_a_rung() -> None:
     for name, info in catalog().items():
+        if info.kind == "reconstruct":
+            continue
         spec = RungSpec(method=name)
         if info.kind == "calibrate":
             with pytest.raises(RecipeError, match="chooses calibration text"):

@@ -410,3 +410,26 @@ def test_accumulating_in_parts_is_accumulating_at_once() -> None:
     only = Accumulator(frozenset({"input_max"}), True)
     only.add(x, y, g)
     assert only.result().fisher is None
+
+
+@pytest.mark.parametrize("every", [1, 2, 7])
+def test_methods_get_pairs_that_damage_is_not_predicted_from(every: int) -> None:
+    watch = sweep._Watch({"t": frozenset({"pairs"})}, True, {"t": every}, 100)
+    target = Target("t", "t", "linear", 0, "t", (1, 1))
+    rows = torch.arange(100.0)[:, None]
+    for part in rows.split(13):
+        watch._take(target, part, part, -part)
+    seen = watch.observation(target)
+    assert seen.inputs is not None
+    assert seen.statistics.pairs is not None
+    mine, theirs = seen.inputs[:, 0].tolist(), seen.statistics.pairs[0][:, 0].tolist()
+    step = max(every, 2)
+    assert mine == list(range(0, 100, step))
+    assert theirs == list(range(step // 2, 100, step))
+    assert torch.equal(seen.statistics.pairs[1], -seen.statistics.pairs[0])
+
+
+def test_pairs_are_kept_only_when_asked_for(tmp_path: Path) -> None:
+    _, pass_back = opened("llama", tmp_path)
+    seen, _ = run(pass_back)
+    assert all(o.statistics.pairs is None for o in seen.values())

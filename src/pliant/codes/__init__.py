@@ -1,6 +1,7 @@
 """The stored forms of a matrix: immutable values with an exact size, one file a form."""
 
 from pliant.codes.base import Code, from_tensors
+from pliant.codes.block_rotated import BlockRotated
 from pliant.codes.codebook import Codebook
 from pliant.codes.column_stack import ColumnStack
 from pliant.codes.dense import Dense
@@ -18,6 +19,7 @@ from pliant.codes.sum import Sum
 from pliant.codes.ternary import Ternary
 
 __all__ = [
+    "BlockRotated",
     "Code",
     "Codebook",
     "ColumnStack",

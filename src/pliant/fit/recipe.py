@@ -25,7 +25,8 @@ class _Strict(BaseModel):
 
 def _trial_statistics() -> Statistics:
     ones = torch.ones(_TRIAL)
-    return Statistics(1, torch.eye(_TRIAL), ones, ones, torch.ones(_TRIAL, _TRIAL), ones)
+    square = torch.ones(_TRIAL, _TRIAL)
+    return Statistics(1, torch.eye(_TRIAL), ones, ones, square, ones, torch.eye(_TRIAL), square)
 
 
 class RungSpec(_Strict):
@@ -70,6 +71,8 @@ class RungSpec(_Strict):
             if self.options:
                 raise RecipeError(f"keep takes no options, not {sorted(self.options)}")
             return
+        if self.info().kind == "reconstruct":
+            raise RecipeError(f"{self.method} improves codes that another method made; no rung")
         known = dict(self.info().options)
         base = self.options.get("base", known.get("base"))
         if isinstance(base, str):

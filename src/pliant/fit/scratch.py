@@ -13,6 +13,8 @@ from pliant.ladder.output import told_when_full
 from pliant.observe import Observation, Statistics
 from pliant.observe.statistics import FIELDS
 
+_SAMPLE = "sample-"
+
 
 def store(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file of work in progress, whole or not at all."""
@@ -32,7 +34,9 @@ def put_aside(work: Path, observation: Observation) -> Observation:
     """The observation without its tensors, which go to disk."""
     statistics = {n: getattr(observation.statistics, n) for n in sorted(FIELDS)}
     pairs = {"inputs": observation.inputs, "gradients": observation.gradients}
-    held = {n: t.contiguous() for n, t in (statistics | pairs).items() if t is not None}
+    sample = {_SAMPLE + n: getattr(observation.statistics, n) for n in pairs}
+    every = (statistics | pairs | sample).items()
+    held = {n: t.contiguous() for n, t in every if t is not None}
     store(_aside(work, observation), held)
     light = Statistics(tokens=observation.statistics.tokens)
     return dataclasses.replace(observation, statistics=light, inputs=None, gradients=None)
@@ -42,5 +46,6 @@ def take_back(work: Path, observation: Observation, device: torch.device) -> Obs
     """What `put_aside` put aside, on `device`."""
     held = load_file(_aside(work, observation), device=str(device))
     pairs = {n: held.pop(n, None) for n in ("inputs", "gradients")}
-    statistics = Statistics(tokens=observation.statistics.tokens, **held)
+    sample = {n: held.pop(_SAMPLE + n, None) for n in pairs}
+    statistics = Statistics(tokens=observation.statistics.tokens, **held, **sample)
     return dataclasses.replace(observation, statistics=statistics, **pairs)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pliant.codes import Code
 from pliant.errors import PliantError
+from pliant.kernels.activations import rounded
 
 Kernel = Callable[[Tensor, Code], Tensor]
 
@@ -37,6 +38,7 @@ def matmul(x: Tensor, code: Code) -> Tensor:
     flat = x.reshape(math.prod(x.shape[:-1]), width)
     if not flat.shape[0]:
         return x.new_empty(*x.shape[:-1], out)
+    flat = rounded(flat, code)
     for key in ((type(code), x.device.type), (type(code), None), (Code, None)):
         if key in _KERNELS:
             return _KERNELS[key](flat, code).reshape(*x.shape[:-1], out)

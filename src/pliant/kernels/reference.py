@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pliant.codes import (
+    BlockRotated,
     Code,
     ColumnStack,
     Dense,
@@ -86,6 +87,12 @@ def low_rank(x: Tensor, code: Code) -> Tensor:
 def rotated(x: Tensor, code: Code) -> Tensor:
     assert isinstance(code, Rotated)
     return matmul(Rotated.rotate(x, code.seed).to(x.dtype), code.inner)
+
+
+@register(BlockRotated)
+def block_rotated(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, BlockRotated)
+    return matmul(code.rotate(x).to(x.dtype), code.inner)
 
 
 @register(Permuted)

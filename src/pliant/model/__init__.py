@@ -10,6 +10,7 @@ from pliant.model.coded import (
     coded_model,
     swap,
 )
+from pliant.model.components import rounded_components
 from pliant.model.sources import cache_directory, open_checkpoint
 from pliant.model.streamed import StreamedModel, open_streamed
 from pliant.model.target import Target, find_targets
@@ -29,5 +30,6 @@ __all__ = [
     "find_targets",
     "open_checkpoint",
     "open_streamed",
+    "rounded_components",
     "swap",
 ]

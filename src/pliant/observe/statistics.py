@@ -23,6 +23,15 @@ class Statistics:
     output_max: Tensor | None = None  # [out] largest |W x|
     fisher: Tensor | None = None  # [out, in] mean of (g x)^2: the diagonal Fisher information
     output_moment: Tensor | None = None  # [out] mean of g^2
+    inputs: Tensor | None = None  # [n, in] x of some tokens, kept for methods that need "pairs"
+    gradients: Tensor | None = None  # [n, out] g of the same tokens
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor] | None:
+        """(inputs, gradients), or None when no token was kept."""
+        if self.inputs is None or self.gradients is None or not len(self.inputs):
+            return None
+        return self.inputs, self.gradients
 
 
 FIELDS = frozenset({"second_moment", "input_max", "output_max", "fisher", "output_moment"})

@@ -8,7 +8,7 @@ one layer's, whatever the depth, and a layer's statistics can be used and droppe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ _PROBE_TOKENS = 1024
 _PROBE_BYTES = 64 << 20
 _TOKENS_AT_ONCE = 1024
 _LOGITS_BYTES = 64 << 20
+_JUDGE, _METHOD = "judge", "method"  # whom a sample of pairs is for
 
 
 @dataclass
@@ -31,7 +32,8 @@ class Observation:
 
     inputs [n, in] and gradients [n, out] belong to the same n tokens, a sample of those that
     reached it; share: how many did of all (fewer for an expert). Gradients are scaled by the root
-    of their sequence's weight.
+    of their sequence's weight. No token is also among the statistics' own pairs: what a method
+    fits to those is judged on others.
     looked_up: for an embedding, token ids [T] with the gradients [T, in] at their rows.
     """
 
@@ -72,8 +74,7 @@ class _Watch:
     tokens: int
     share: float = 1.0  # weight of the sequence that runs now
     accumulators: dict[str, Accumulator] = field(default_factory=dict)
-    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
-    gradients: dict[str, list[Tensor]] = field(default_factory=dict)
+    samples: dict[tuple[str, str], list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     seen: dict[str, int] = field(default_factory=dict)
 
     def on_linear(self, target: Target, x: Tensor, y: Tensor) -> None:
@@ -90,33 +91,44 @@ class _Watch:
         name = target.name
         if name not in self.accumulators:
             self.accumulators[name] = Accumulator(self.needs.get(name, frozenset()), self.weighted)
-            self.inputs[name], self.gradients[name], self.seen[name] = [], [], 0
+            self.seen[name] = 0
         self.accumulators[name].add(x, y, g, self.share)
-        every = self.every.get(name, 1)
-        first = -self.seen[name] % every
+        every, offsets = self.every.get(name, 1), {_JUDGE: 0}
+        if "pairs" in self.needs.get(name, frozenset()):
+            every = max(every, 2)
+            offsets[_METHOD] = every // 2
+        for who, offset in offsets.items():
+            first = (offset - self.seen[name]) % every
+            pair = x[first::every].clone(), g[first::every].clone()
+            self.samples.setdefault((name, who), []).append(pair)
         self.seen[name] += len(x)
-        self.inputs[name].append(x[first::every].clone())
-        self.gradients[name].append(g[first::every].clone())
 
     def observation(self, target: Target) -> Observation:
         accumulator = self.accumulators.pop(target.name, None)
         if accumulator is None:
             return Observation(target, Statistics())
+        statistics = accumulator.result()
+        if (target.name, _METHOD) in self.samples:
+            inputs, gradients = self._sample(target, _METHOD)
+            statistics = replace(statistics, inputs=inputs, gradients=gradients)
         return Observation(
             target,
-            accumulator.result(),
-            torch.cat(self.inputs.pop(target.name)),
-            torch.cat(self.gradients.pop(target.name)),
+            statistics,
+            *self._sample(target, _JUDGE),
             share=self.seen.pop(target.name) / self.tokens,
         )
+
+    def _sample(self, target: Target, who: str) -> tuple[Tensor, Tensor]:
+        inputs, gradients = zip(*self.samples.pop((target.name, who)), strict=True)
+        return torch.cat(inputs), torch.cat(gradients)
 
 
 class Sweep:
     """The pass over token ids [B, T]; `scratch` is a directory for layer inputs.
 
-    needs: for each target's name, the fields of Statistics to keep. weighted: second moments
-    weigh tokens by their squared gradient. weights [B]: how much each sequence counts, positive,
-    only their ratios matter. Everything random follows from `seed`.
+    needs: for each target's name, the fields of Statistics to keep ("pairs": both of a sample).
+    weighted: second moments weigh tokens by their squared gradient. weights [B]: how much each
+    sequence counts, positive, only their ratios matter. Everything random follows from `seed`.
     """
 
     def __init__(

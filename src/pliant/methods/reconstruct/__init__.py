@@ -1,0 +1,1 @@
+"""Methods that make given codes better together: `(window, codes, *, options) -> codes`."""
