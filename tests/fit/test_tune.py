@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pliant.codes import GroupInt
 from pliant.errors import PliantError
 from pliant.fit import fit
 from pliant.fit import tune as tune_module
@@ -16,30 +15,28 @@ from pliant.fit.recipe import Tune
 from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.methods import find
-from pliant.methods.latent import LatentInt
+from pliant.methods.latent import latent_of
 from pliant.model import StreamedModel, Target, open_checkpoint
 from pliant.observe import Statistics, write_text
 from tests.fit.tiny import CONTEXT, memory, recipe, sums
 
 
-def code(weight: torch.Tensor, **options: object) -> GroupInt:
-    made = find("rtn").function(weight, Statistics(), group_size=16, **options)
-    assert isinstance(made, GroupInt)
-    return made
-
-
 @pytest.mark.parametrize("scale_bits", [16, 6])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("method", "bits"), [("rtn", 2), ("rtn", 4), ("bitmod", 3), ("kbit", 3)])
 def test_a_latent_starts_as_its_code_and_encodes_what_it_computes(
-    bits: int, scale_bits: int
+    method: str, bits: int, scale_bits: int
 ) -> None:
     torch.manual_seed(0)
     weight = torch.randn(12, 40)
-    start = code(weight, bits=bits, scale_bits=scale_bits)
-    latent = LatentInt(start, weight)
+    options = {"bits": bits, "group_size": 16} | (
+        {} if method == "kbit" else {"scale_bits": scale_bits}
+    )
+    start = find(method).function(weight, Statistics(), **options)
+    latent = latent_of(start, weight)
+    assert latent is not None
     torch.testing.assert_close(latent.weight(), start.decode(), rtol=1e-6, atol=1e-7)
     with torch.no_grad():
-        latent.position += torch.randn_like(latent.position)
+        latent.position += 1.5 * torch.randn_like(latent.position)
         latent.log_scale += 0.1 * torch.randn_like(latent.log_scale)
     encoded = latent.encode()
     torch.testing.assert_close(latent.weight(), encoded.decode(), rtol=1e-6, atol=1e-7)
@@ -49,7 +46,8 @@ def test_a_latent_starts_as_its_code_and_encodes_what_it_computes(
 
 def test_gradients_pass_straight_through_rounding_and_stop_outside_the_grid() -> None:
     weight = torch.linspace(-1, 1, 32).view(1, 32)
-    latent = LatentInt(code(weight, bits=2), weight)
+    latent = latent_of(find("rtn").function(weight, Statistics(), bits=2, group_size=16), weight)
+    assert latent is not None
     with torch.no_grad():
         latent.position[0, 0, 0] = 7.0
     latent.weight().sum().backward()  # type: ignore[no-untyped-call]

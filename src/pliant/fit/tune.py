@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pliant.codes import Code, Dense, GroupInt
+from pliant.codes import Code, Dense
 from pliant.errors import PliantError
 from pliant.fit.recipe import Tune
 from pliant.ladder import Ladder
 from pliant.ladder.output import told_when_full
-from pliant.methods.latent import LatentInt
+from pliant.methods.latent import Latent, latent_of
 from pliant.model import StreamedModel, coded_model, swap
 
 Progress = Callable[[int, int], None]
@@ -107,7 +107,7 @@ class _Student:
     """The model at one size after another, its trained rungs as differentiable matrices."""
 
     def __init__(
-        self, model: StreamedModel, ladder: Ladder, load: Load, latents: dict[Key, LatentInt]
+        self, model: StreamedModel, ladder: Ladder, load: Load, latents: dict[Key, Latent]
     ) -> None:
         self._model, self._ladder, self._load, self._latents = model, ladder, load, latents
         # 16 bits where the multiply is done in them.
@@ -148,21 +148,19 @@ class _Student:
 
 def _latents(
     model: StreamedModel, ladder: Ladder, load: Load, low: int, high: int
-) -> dict[Key, LatentInt]:
-    """A latent for each group-integer rung that the climb holds between both sizes."""
+) -> dict[Key, Latent]:
+    """A latent for each rung that can be trained and is held between both sizes."""
     first, last = ladder.allocation(low), ladder.allocation(high)
     found = {}
     for target in model.targets:
         weight = model.weight(target)
         for rung in ladder.rungs[target.name]:
             if first[target.name] <= rung.index <= last[target.name]:
-                code = load(target.name, rung.index)
-                if isinstance(code, GroupInt):
-                    code = code.to(model.device)
-                    assert isinstance(code, GroupInt)
-                    found[target.name, rung.index] = LatentInt(code, weight)
+                latent = latent_of(load(target.name, rung.index).to(model.device), weight)
+                if latent is not None:
+                    found[target.name, rung.index] = latent
     if not found:
-        raise PliantError("tuning trains group integers, and the ladder has none in its range")
+        raise PliantError("no rung in the range of sizes has a form that can be trained")
     return found
 
 
