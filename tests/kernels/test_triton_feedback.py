@@ -10,7 +10,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from pliant.methods import feedback
 from pliant.methods.grid import fit_grid
+from pliant.methods.levels import fit_levels
 from pliant.methods.quantize import gptq
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,3 +46,22 @@ def _on_cpu(grid: object) -> object:
     import dataclasses
 
     return dataclasses.replace(grid, scales=grid.scales.cpu(), zeros=grid.zeros.cpu())  # type: ignore[type-var,attr-defined]
+
+
+@pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (3, 33, 16)])
+@pytest.mark.parametrize("tables", [1, 3])
+def test_levels_are_those_of_the_loop(out: int, width: int, group_size: int, tables: int) -> None:
+    generator = torch.Generator().manual_seed(out)
+    weight = torch.randn(out, width, generator=generator).to(DEVICE)
+    x = torch.randn(256, width, generator=generator).to(DEVICE)
+    levels = torch.randn(tables, 8, generator=generator).sort(1).values
+    levels[:, 0], levels[:, -1] = -2.0, 2.0
+    grid = fit_levels(weight, levels, group_size)
+    factor, order = gptq.inverse_factor(x.t() @ x / 256)
+    groups = (order // group_size).tolist()
+    columns = weight.t()[order].contiguous()
+    launched = feedback._round_on_gpu(columns.clone(), groups, factor, grid, slice(0, out))
+    nearest = grid.columns(slice(0, out)).nearest
+    looped = feedback.round_columns(columns.clone(), groups, factor, nearest)
+    assert (launched == looped).float().mean() > 0.995
+    assert launched.unique().numel() > 4

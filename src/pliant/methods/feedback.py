@@ -71,6 +71,35 @@ def round_levels(
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
         columns = weight[rows].float().t()[order].contiguous()
-        chosen = round_columns(columns, groups, factor, grid.columns(rows).nearest)
+        if columns.is_cuda:
+            chosen = _round_on_gpu(columns, groups, factor, grid, rows)
+        else:
+            chosen = round_columns(columns, groups, factor, grid.columns(rows).nearest)
         index[rows, target] = chosen.t()
     return grid.pack(index)
+
+
+def _round_on_gpu(
+    columns: Tensor, groups: list[int], factor: Tensor, grid: LevelGrid, rows: slice
+) -> Tensor:
+    """As `round_columns`, a block of columns a launch."""
+    from pliant.kernels.triton.feedback import BLOCK, round_block_to_levels
+
+    device, width = columns.device, columns.shape[0]
+    scales = grid.scales[rows].t().contiguous()
+    tables = torch.zeros_like(scales, dtype=torch.int32)
+    if grid.selector is not None:
+        tables = grid.selector[rows].t().to(torch.int32).contiguous()
+    levels, factor = grid.tables.contiguous(), factor.contiguous()
+    of = torch.tensor(groups, dtype=torch.int32, device=device)
+    chosen = torch.empty(columns.shape, dtype=torch.uint8, device=device)
+    errors = columns.new_empty(BLOCK, columns.shape[1])
+    for begin in range(0, width, BLOCK):
+        count = min(BLOCK, width - begin)
+        end = begin + count
+        round_block_to_levels(
+            columns, chosen, errors, scales, tables, levels, of, factor, begin, count
+        )
+        if end < width:
+            columns[end:].addmm_(factor[begin:end, end:].t(), errors[:count], alpha=-1.0)
+    return chosen

@@ -19,6 +19,7 @@ Scaling = Literal["free", "power", "ratio"]
 _CLIPS = {1: (8, 0.2), 2: (8, 0.45), 3: (8, 0.6), 4: (6, 0.7), 5: (4, 0.7), 6: (3, 0.7)}
 _ANCHORS = 4  # factors of a row that are tried within an octave
 _TILE = 1 << 19  # elements searched at once
+_GPU_TILE = 1 << 25
 _TINY = 1e-8
 
 
@@ -120,7 +121,7 @@ def fit_levels(
     selector = torch.zeros(shape, dtype=torch.int64, device=weight.device)
     factors = torch.ones(out, device=weight.device)
     loss = 0.0
-    step = max(1, _TILE // (width + extra))
+    step = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // (width + extra))
     for start in range(0, out, step):
         rows = slice(start, start + step)
         tile = weight[rows].float()

@@ -68,3 +68,57 @@ def round_block(
             columns, chosen, errors, scales, zeros, groups, factor,
             begin, count, rows, width, float(top), BLOCK=BLOCK, ROWS=_ROWS,
         )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _level_feedback(  # type: ignore[no-untyped-def]
+    columns, chosen, errors, scales, tables, middles, levels, groups, factor,
+    begin, count, rows, width,
+    LEVELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    index = tl.arange(0, BLOCK)
+    here = (begin + index).to(tl.int64) * rows
+    held = (index < count)[:, None] & inside[None, :]
+    tile = tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+    for i in range(count):
+        column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
+        group = tl.load(groups + begin + i).to(tl.int64)
+        scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
+        table = tl.load(tables + group * rows + row, mask=inside, other=0)
+        x = column / tl.maximum(scale, 1e-30)
+        place = tl.zeros_like(table)
+        for k in range(LEVELS - 1):
+            place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
+        value = tl.load(levels + table * LEVELS + place) * scale
+        at = (begin + i).to(tl.int64)
+        error = (column - value) / tl.load(factor + at * width + at)
+        tl.store(chosen + at * rows + row, place.to(tl.uint8), mask=inside)
+        tl.store(errors + i * rows + row, error, mask=inside)
+        spread = tl.load(
+            factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
+        )
+        tile -= spread[:, None] * error[None, :]
+
+
+def round_block_to_levels(
+    columns: Tensor,  # [in, rows] float32, read
+    chosen: Tensor,  # [in, rows] uint8, its rows begin:begin + count are written
+    errors: Tensor,  # [BLOCK, rows] float32, its first `count` rows are written
+    scales: Tensor,  # [groups, rows] float32
+    tables: Tensor,  # [groups, rows] int32, the table of each group
+    levels: Tensor,  # [tables, levels] float32, rising
+    groups: Tensor,  # [in] int32, the group of each column
+    factor: Tensor,  # [in, in] upper triangular float32
+    begin: int,
+    count: int,
+) -> None:
+    """`round_block` to the nearest of a table's levels times the group's scale."""
+    width, rows = columns.shape
+    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+    with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
+        _level_feedback[(triton.cdiv(rows, _ROWS),)](
+            columns, chosen, errors, scales, tables, middles, levels, groups, factor,
+            begin, count, rows, width, LEVELS=levels.shape[1], BLOCK=BLOCK, ROWS=_ROWS,
+        )  # fmt: skip
