@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
+
 from pliant.model import cache_directory
 from pliant.observe import windows
-from torch import Tensor
 
 WINDOWS = 16
 
