@@ -113,9 +113,8 @@ class Bench:
             return self._fail(f"{self.copy}|{peer.name}|*", str(error))
         for point in points:
             key = f"{self.copy}|{peer.name}|{point}"
-            wanted = [
-                c for c in self.arguments.comparisons if c not in self.rows.peers.get(key, ())
-            ]
+            known = self.rows.peers.get(key, {})
+            wanted = [c for c in self.arguments.comparisons if self._texts(c, known.get(c, {}))]
             chosen = fnmatch.fnmatchcase(f"{peer.name}/{point}", self.arguments.points)
             if not wanted or not chosen or (key in self.rows.failed and not self.arguments.retry):
                 continue
@@ -131,19 +130,25 @@ class Bench:
         return None
 
     def measure_ours(self, comparison: str, sizes: Sizes) -> None:
-        wanted = {size: f"{self.copy}|{comparison}|{size}" for size in sizes[self.copy][comparison]}
-        wanted = {s: key for s, key in wanted.items() if key not in self.rows.ours}
+        stem = f"{self.copy}|{comparison}|{self.arguments.effort}"
+        wanted = {size: f"{stem}|{size}" for size in sizes.get(self.copy, {}).get(comparison, [])}
+        known = {key: self.rows.ours.get(key, {}) for key in wanted.values()}
+        wanted = {
+            size: key
+            for size, key in wanted.items()
+            if "smallest_bytes" not in known[key] and self._texts(comparison, known[key])
+        }
         if not wanted:
             return
         model, outside = open_ours(self._artifact(comparison), comparison, self.arguments.device)
         for size, key in wanted.items():
-            found: Row = {"effort": self.arguments.effort, "artifact": comparison}
+            found = known[key]
             if size + outside < model.artifact.ladder.smallest_bytes:
                 found["smallest_bytes"] = model.artifact.ladder.smallest_bytes - outside
             else:
                 model.resize(weights=size + outside)
                 found["bytes"] = model.plan.weight_bytes - outside
-                found |= self._measured(model, key, comparison)
+                self._measure(model, key, comparison, found)
             self.rows.ours[key] = found
             self.rows.save()
 
@@ -161,24 +166,28 @@ class Bench:
                 row[comparison] = row["total"]  # embedding and head untouched: the same model
             else:
                 model = self._substitution.put(inner if comparison == "linear" else changed)
-                row[comparison] = self._measured(model, f"{key} {comparison}", comparison)
+                found = row.setdefault(comparison, {})
+                self._measure(model, f"{key} {comparison}", comparison, found)
             self.rows.peers[key] = row
             self.rows.failed.pop(key, None)
             self.rows.save()
 
-    def _measured(self, model: Any, told: str, comparison: str) -> Row:
-        """Damage on WikiText-2 and, for the comparison of everything, on the other kinds."""
-        found: Row = {}
-        for kind in self.ids if comparison == "total" else ("wikitext",):
-            damage = self._reference(kind).damage(model).as_dict()
-            if kind == "wikitext":
+    def _texts(self, comparison: str, known: Row) -> list[str]:
+        """Texts still to be measured: the other kinds are for the comparison of everything."""
+        if "kl" not in known:
+            return list(self.ids) if comparison == "total" else ["wikitext"]
+        had = {"wikitext", *known.get("kinds", ())}
+        return [text for text in self.ids if comparison == "total" and text not in had]
+
+    def _measure(self, model: Any, told: str, comparison: str, found: Row) -> None:
+        for text in self._texts(comparison, found):
+            damage = self._reference(text).damage(model).as_dict()
+            if text == "wikitext":
                 found |= damage
-                print(f"{told}: KL {damage['kl']:.4f}  ppl {damage['perplexity']:.2f}  "
-                      f"top-1 {damage['top1']:.3f}", flush=True)  # fmt: skip
             else:
-                found.setdefault("kinds", {})[kind] = damage
-        found.setdefault("kinds", {})
-        return found
+                found.setdefault("kinds", {})[text] = damage
+            print(f"{told}, {text}: KL {damage['kl']:.4f}  ppl {damage['perplexity']:.2f}  "
+                  f"top-1 {damage['top1']:.3f}", flush=True)  # fmt: skip
 
     def _reference(self, kind: str) -> Reference:
         if kind not in self._references:

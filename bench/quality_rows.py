@@ -14,9 +14,10 @@ Sizes = dict[str, dict[str, list[int]]]  # of copy and comparison
 
 
 class Rows:
-    """peers: "copy|peer|point" to what it measured; ours: "copy|comparison|bytes"; failed: why.
+    """peers: "copy|peer|point" to what it measured; failed: the same to why it is missing.
 
-    settings say what was measured on; rows of other settings are refused.
+    ours: "copy|comparison|effort|bytes". settings: each text that was measured on; rows that were
+    measured on another text of the same name are refused.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
@@ -30,11 +31,13 @@ class Rows:
     def merge(self, path: Path) -> None:
         """Take over the rows of another run, on this machine or another."""
         kept = json.loads(path.read_text())
-        if kept["settings"] != self.settings:
-            raise SystemExit(
-                f"{path} was measured with other settings, {kept['settings']} and not "
-                f"{self.settings}; use another --work, or the same options"
-            )
+        for text in kept["settings"].keys() & self.settings.keys():
+            if kept["settings"][text] != self.settings[text]:
+                raise SystemExit(
+                    f"{path} was measured on other windows of {text}, {kept['settings'][text]} and "
+                    f"not {self.settings[text]}; use another --work, or the same options"
+                )
+        self.settings = kept["settings"] | self.settings
         for name in ("peers", "ours", "failed"):
             mine: dict[str, Any] = getattr(self, name)
             for key, row in kept[name].items():
@@ -59,14 +62,19 @@ class Rows:
         found = [
             {**row, **row[comparison], "bytes": size_of(row, comparison)}
             for key, row in self.peers.items()
-            if key.split("|")[0] == copy and comparison in row
+            if key.split("|")[0] == copy and "kl" in row.get(comparison, {})
         ]
         return sorted(found, key=lambda point: (point["bytes"], point["kl"]))
 
     def copies(self) -> list[str]:
         return list(dict.fromkeys(key.split("|")[0] for key in (*self.peers, *self.failed)))
 
-    def judged(self, copy: str, comparison: str) -> list[Row]:
+    def efforts(self, copy: str) -> list[str]:
+        """Those of ours that were measured; one without a name when none was."""
+        found = [key.split("|")[2] for key in self.ours if key.split("|")[0] == copy]
+        return list(dict.fromkeys(found)) or [""]
+
+    def judged(self, copy: str, comparison: str, effort: str) -> list[Row]:
         """Each point with ours at its bytes, ratios and verdict.
 
         best: the lowest damage of any counted point that is not larger. passed: None where the
@@ -76,7 +84,7 @@ class Rows:
         points = self.points(copy, comparison)
         for point in points:
             counted = point["bits"] <= COUNTED_BITS
-            ours = self.ours.get(f"{copy}|{comparison}|{point['bytes']}", {})
+            ours = self.ours.get(f"{copy}|{comparison}|{effort}|{point['bytes']}", {})
             smaller = [p for p in points if p["bytes"] <= point["bytes"]]
             best = min(smaller, key=lambda p: p["kl"])
             row = point | {"counted": counted, "ours": ours, "best": best}
@@ -91,12 +99,12 @@ class Rows:
             found.append(row)
         return found
 
-    def kinds(self, copy: str) -> list[Row]:
+    def kinds(self, copy: str, effort: str) -> list[Row]:
         """Ours against the best peer of at most that size, on each kind of other text."""
         found = []
         points = [p for p in self.points(copy, "total") if p.get("kinds")]
         for point in points:
-            ours = self.ours.get(f"{copy}|total|{point['bytes']}", {}).get("kinds", {})
+            ours = self.ours.get(f"{copy}|total|{effort}|{point['bytes']}", {}).get("kinds", {})
             if point["bits"] > COUNTED_BITS:
                 continue
             for kind, own in point["kinds"].items():

@@ -32,11 +32,13 @@ def write_results(rows: Rows, stem: str | Path, command: str) -> None:
         "",
     ]
     for copy in rows.copies():
-        for comparison in COMPARISONS:
-            judged = rows.judged(copy, comparison)
-            if judged:
-                lines += [f"## {copy}: {TITLES[comparison]}", "", *_table(judged), ""]
-        lines += _kinds(rows.kinds(copy), copy)
+        for effort in rows.efforts(copy):
+            title = f"{copy}, effort {effort}" if effort else copy
+            for comparison in COMPARISONS:
+                judged = rows.judged(copy, comparison, effort)
+                if judged:
+                    lines += [f"## {title}: {TITLES[comparison]}", "", *_table(judged), ""]
+            lines += _kinds(rows.kinds(copy, effort), title)
     if rows.failed:
         lines += ["## Points that could not be made", "", "| point | reason |", "|---|---|"]
         lines += [f"| {key.replace('|', ' / ')} | {why} |" for key, why in rows.failed.items()]
@@ -83,12 +85,12 @@ def _table(judged: list[Row]) -> list[str]:
     return lines
 
 
-def _kinds(found: list[Row], copy: str) -> list[str]:
+def _kinds(found: list[Row], title: str) -> list[str]:
     if not found:
         return []
     passed = sum(bool(row["passed"]) for row in found)
     lines = [
-        f"## {copy}: text of other kinds, everything that is loaded",
+        f"## {title}: text of other kinds, everything that is loaded",
         "",
         f"Ours is to be no worse than the best peer that is not larger: {passed} of {len(found)}.",
         "",
@@ -134,14 +136,15 @@ def _plot(rows: Rows, path: Path) -> None:
             series.setdefault(_series(point), []).append((point["bytes"], point["kl"]))
         for name, points in series.items():
             axis.plot(*_mib_axis(points), "o-", lw=0.8, ms=4, label=name)
-        prefix = f"{copy}|{comparison}|"
-        ours: list[tuple[int, float]] = sorted(
-            (r["bytes"], r["kl"])
-            for k, r in rows.ours.items()
-            if k.startswith(prefix) and "kl" in r
-        )
-        if ours:
-            axis.plot(*_mib_axis(ours), "k.-", lw=2, label="ours, one artifact")
+        for effort in rows.efforts(copy):
+            prefix = f"{copy}|{comparison}|{effort}|"
+            ours: list[tuple[int, float]] = sorted(
+                (row["bytes"], row["kl"])
+                for key, row in rows.ours.items()
+                if key.startswith(prefix) and "kl" in row
+            )
+            if ours:
+                axis.plot(*_mib_axis(ours), ".-", lw=2, label=f"ours, one artifact, {effort}")
         axis.set(yscale="log", title=f"{copy}: {comparison}", xlabel="MiB",
                  ylabel="damage: KL, nats a token")  # fmt: skip
         axis.grid(alpha=0.3, which="both")

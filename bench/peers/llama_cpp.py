@@ -41,6 +41,9 @@ from typing import Any
 from _ggml import PACKAGE, THREADS, Tools, fail, run
 from _importance import collect, collect_by_tool
 
+# Scripts here are named after packages, which transformers must not find instead of those.
+sys.path.remove(str(Path(__file__).resolve().parent))
+
 # What is quantized at one type, and the file type whose embedding it gets.
 PURE = {"IQ2_XXS": "IQ2_XXS", "IQ2_XS": "IQ2_XS", "IQ2_S": "IQ2_M", "Q2_K": "Q2_K",
         "IQ3_XXS": "IQ3_XXS", "IQ3_S": "IQ3_S", "Q3_K": "Q3_K_S", "IQ4_XS": "IQ4_XS",
