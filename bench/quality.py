@@ -158,7 +158,7 @@ class Bench:
         inner, changed = self._substitution.changes(file)
         numbers = sum(
             p.numel() for n, p in self._substitution.model.named_parameters()
-            if p.dim() == 2 and n not in self._substitution.outer
+            if p.dim() > 1 and n not in self._substitution.outer
         )  # fmt: skip
         row = self.rows.peers.get(key, {}) | made | {"bits": 8 * made["linear_bytes"] / numbers}
         for comparison in wanted:
@@ -313,6 +313,8 @@ def parsed() -> Any:
         parser.error(f"there is no {', '.join(sorted(unknown)) or 'such comparison'}")
     if not (arguments.text or arguments.list or arguments.ids):
         parser.error("--text is needed")
+    if arguments.ours_only and not arguments.sizes:
+        parser.error("--ours-only needs --sizes, as the run that measured the peers wrote them")
     arguments.pythons = parse_pythons(arguments.python)
     return arguments
 

@@ -46,8 +46,11 @@ class Peer:
     work: Path
 
     def points(self) -> list[str]:
-        listed = json.loads(self._run("--list").strip().splitlines()[-1])
-        return [str(name) for name in listed]
+        said = self._run("--list").strip()
+        try:
+            return [str(name) for name in json.loads(said.splitlines()[-1])]
+        except (ValueError, IndexError) as error:
+            raise PeerError(f"--list printed no JSON list: {said[-200:]!r}") from error
 
     def make(self, point: str, source: Path, ids: Path, out: Path) -> dict[str, Any]:
         """Make a point into `out` unless it is there; returns point.json."""
