@@ -100,7 +100,7 @@ def main(
 
 def write(out: Path, peer: str, version: str, job: Job, result: Result, seconds: float) -> None:
     """Write weights.safetensors (fp16) and point.json, after a check that nothing overflowed."""
-    shapes = {name: shape for name, shape in tensors(job.source)}
+    shapes = dict(tensors(job.source))
     weights = {}
     for name, weight in result.weights.items():
         if tuple(weight.shape) != shapes.get(name):

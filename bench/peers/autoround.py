@@ -1,10 +1,10 @@
 """AutoRound (SignRound).
 
-Options, from its README: recipe "auto-round" (200 steps) for 4 bits, "auto-round-best" (1000 steps,
-512 samples of 2048) with `enable_alg_ext` for 2 bits, "auto-round-light" (50 steps, rate 5e-3) where
-time is short, "auto-round-opt-rtn" (0 steps) for a CPU. The samples are this bench's windows, as many
-and as long as given, in place of the recipe's. Symmetric, its default; groups of 64 (its own scheme
-W2A16G64), because 128 does not divide 576.
+Options, from its README: recipe "auto-round" (200 steps) at 4 bits, "auto-round-best" (1000 steps,
+512 samples of 2048) with `enable_alg_ext` at 2 bits, "auto-round-light" (50 steps, rate 5e-3) if
+time is short, "auto-round-opt-rtn" (0 steps) for the least. The samples are this bench's windows,
+as many and as long as given, in place of the recipe's. Symmetric, its default; groups of 64 (its
+own scheme W2A16G64), because 128 does not divide 576.
 
 It is saved in its own format and the bytes are those of the saved tensors.
 """

@@ -1,13 +1,14 @@
 """llm-compressor: GPTQ and AWQ, weights only.
 
 Options, from its documentation: GPTQ with `actorder="static"` (its default: "best accuracy recovery
-with no runtime cost") and dampening 0.01; the range of a group by its "mse" observer, which its
-guide recommends over min-max for low widths. AWQ as a transform (`duo_scaling="both"`, the wider of
-its searches) followed by asymmetric rounding, the form of its AWQ examples (W4A16_ASYM), and by GPTQ.
-Groups of 64: 128 does not divide 576, and its group size must.
+with no runtime cost") and dampening 0.01; the range of a group by its "mse" observer rather than
+min-max. AWQ as a transform (`duo_scaling="both"`, the wider of its searches) followed by asymmetric
+rounding, as its AWQ examples do (W4A16_ASYM), and by GPTQ. Groups of 64: 128 does not divide 576,
+and its group size must.
 
-compressed-tensors packs whole integers into int32 words (at 3 bits ten to a word). AWQ folds its
-scales into the norms and the layers before, so those are written as well.
+The bytes are those of the tensors that compressed-tensors saves: packed integers, 16-bit scales,
+packed zero points, and each layer's shape. AWQ folds its scales into the norms and the layers
+before, so those are written as well, and its layers' distance from the source says nothing.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ def make(job: Job) -> Result:
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
-    from transformers import AutoModelForCausalLM
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
     weights = QuantizationArgs(
         num_bits=job.options["bits"],
@@ -44,6 +46,9 @@ def make(job: Job) -> Result:
     )
     groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
     recipe: list[Any] = []
+    if not torch.cuda.is_available():
+        # AWQ pins memory for copies to an accelerator, which fails where there is none.
+        IntermediatesCache.pin_memory = lambda self, index, names=None: None
     if "awq" in job.options["method"]:
         recipe.append(AWQModifier(duo_scaling="both"))
     last = GPTQModifier if "gptq" in job.options["method"] else QuantizationModifier
@@ -63,7 +68,8 @@ def make(job: Job) -> Result:
     model.save_pretrained(saved, save_compressed=True)
     names = modules(job.source)
     kinds = stored_bytes(saved, names)
-    read = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32)
+    plain = CompressedTensorsConfig(run_compressed=False)
+    read = AutoModelForCausalLM.from_pretrained(saved, quantization_config=plain)
     return Result(changed(job, read), sum(kinds.values()), f"{len(ids)} windows; {per_kind(kinds)}")
 
 
