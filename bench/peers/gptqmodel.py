@@ -31,8 +31,6 @@ POINTS = {
     "3b-g64-order-asym": {"bits": 3, "group_size": GROUP, "sym": False, **ORDER},
     "2b-g64-order-asym": {"bits": 2, "group_size": GROUP, "sym": False, **ORDER},
     "2b-g32-order-asym": {"bits": 2, "group_size": 32, "sym": False, **ORDER},
-    "4b-g128-order": {"bits": 4, "group_size": 128, "sym": True, **ORDER},
-    "3b-g128-order": {"bits": 3, "group_size": 128, "sym": True, **ORDER},
 }
 
 
