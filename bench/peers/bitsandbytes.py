@@ -1,6 +1,6 @@
 """bitsandbytes: NF4 and FP4. Needs no calibration data.
 
-Options, from its documentation and transformers' page on it: NF4 rather than FP4 for weights of a
+Options: NF4 rather than FP4 for weights of a
 trained model, nested quantization of the block maxima (`compress_statistics`, "double quant") to
 save 0.4 bits a weight at no cost in quality. Blocks of 64 are the default; 32 buy quality, 128
 save bits. Blocks run over the flattened weight. Bytes are those of the tensors that Linear4bit

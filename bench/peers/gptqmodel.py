@@ -1,10 +1,10 @@
 """GPTQModel: GPTQ.
 
-Options, from its README and QuantizeConfig: its default since 5.x is Group Aware Reordering ("gar",
+Options, from its README and QuantizeConfig: its default is Group Aware Reordering ("gar",
 activation order kept inside the groups, no cost at inference); `desc_act=True` is the full
 activation order. Both are here. `damp_percent` is its default (0.05). EoRA is left out: it adds
 16-bit factors, another size. Groups of 128 do not divide a width of 576; groups of 64 divide both
-widths. Weights are loaded in bfloat16, as its examples do.
+widths. Weights are loaded in bfloat16.
 
 The layers are saved in GPTQ's own format and read back by the package, and the bytes are those of
 the saved tensors: packed integers, scales, packed zero points (also stored when symmetric) and

@@ -1,7 +1,7 @@
 """llm-compressor: GPTQ and AWQ, weights only.
 
 Options, from its documentation: GPTQ with `actorder="static"` (its default: "best accuracy recovery
-with no runtime cost") and dampening 0.01; the range of a group by its "mse" observer rather than
+with no runtime cost") and dampening 0.01; ranges by its "mse" observer, our choice over its
 min-max. AWQ as a transform (`duo_scaling="both"`, the wider of its searches) followed by asymmetric
 rounding, as its AWQ examples do (W4A16_ASYM), and by GPTQ. Groups of 64: 128 does not divide 576,
 and its group size must.
