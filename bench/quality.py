@@ -1,7 +1,7 @@
 """Ours against peers at the bytes of each peer's output, on a real model.
 
     python bench/quality.py --text wikitext2-test.txt [--model DIR] [--original] [--peers a,b]
-                            [--python PEER=INTERPRETER] [--ours DIR] [--ours-linear DIR] --work DIR
+                            [--python PEER=INTERPRETER] [--ours DIR] --work DIR
 
 The model is a copy of SmolLM2 whose 4-bit grid is broken without changing its function (regrid.py
 says how and why) or any Hugging Face directory; --original adds the copy as it ships. Every peer is
@@ -12,8 +12,8 @@ calibration never saw (texts.py). Two comparisons, always at the peer's bytes or
 
     total    everything that is loaded: linear layers with scales and codebooks, embedding and
              head (tied ones once), norms; against one artifact of ours opened at that size
-    linear   the linear layers alone, embedding and head as they were on both sides; against one
-             artifact of ours that keeps those two
+    linear   the linear layers alone, embedding and head as they were on both sides; against the
+             linear layers of the same artifact
 
 Every row is kept in WORK/rows.json as it is measured, and a run that was interrupted goes on. Ours
 can be measured on another machine: --ours-only --sizes WORK/sizes.json --ids WORK/ids.safetensors
@@ -38,14 +38,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ladder_vs_uniform import ladder_recipe, regridded_smollm2, said
+from ladder_vs_uniform import regridded_smollm2, said
 from pliant.api import opened as opened_model
 from pliant.fit import default_recipe, fit
-from pliant.ladder import Artifact
 from pliant.measure import Reference
 from pliant.model import Checkpoint, open_checkpoint
 from pliant.observe import choose_windows, load_text, split, windows
-from pliant.run import load
+from quality_ours import Ours
 from quality_peers import Peer, PeerError, Substitution, known_peers, parse_pythons
 from quality_rows import COMPARISONS, Row, Rows, Sizes, read_sizes, write_sizes
 from quality_table import write_results
@@ -140,15 +139,15 @@ class Bench:
         }
         if not wanted:
             return
-        model, outside = open_ours(self._artifact(comparison), comparison, self.arguments.device)
+        artifact = self._artifact()
+        ours = Ours(artifact, comparison, self.checkpoint, self.arguments.device)
         for size, key in wanted.items():
             found = known[key]
-            if size + outside < model.artifact.ladder.smallest_bytes:
-                found["smallest_bytes"] = model.artifact.ladder.smallest_bytes - outside
+            if size < ours.ladder.smallest_bytes:
+                found["smallest_bytes"] = ours.ladder.smallest_bytes
             else:
-                model.resize(weights=size + outside)
-                found["bytes"] = model.plan.weight_bytes - outside
-                self._measure(model, key, comparison, found)
+                found["bytes"] = ours.go_to(size)
+                self._measure(ours.model, key, comparison, found)
             self.rows.ours[key] = found
             self.rows.save()
 
@@ -198,22 +197,22 @@ class Bench:
             self._references[kind] = Reference.of(self._original, self.ids[kind], key=key)
         return self._references[kind]
 
-    def _artifact(self, comparison: str) -> Path:
-        given = self.arguments.ours_linear if comparison == "linear" else self.arguments.ours
-        if given:
-            return Path(given)
-        out = self.work / "ours" / f"{self.copy}-{comparison}-{self.arguments.effort}"
+    def _artifact(self) -> Path:
+        if self.arguments.ours:
+            return Path(self.arguments.ours)
+        out = self.work / "ours" / f"{self.copy}-{self.arguments.effort}"
         if not out.exists():
-            text = self._calibration().with_suffix(".txt")
-            effort = self.arguments.effort
-            recipe = (
-                ladder_recipe(effort, text)
-                if comparison == "linear"
-                else default_recipe(effort, text=str(text))
+            recipe = default_recipe(
+                self.arguments.effort,
+                text=str(self._calibration().with_suffix(".txt")),
+                gpu=self.arguments.device == "cuda",
             )
             print(f"{out.name}: fitting", flush=True)
             memory = self.checkpoint.nbytes * 9 // 10  # the original itself must not fit
-            fit(self.checkpoint.directory, memory, out, context=512, recipe=recipe, progress=said)
+            fit(
+                self.checkpoint.directory, memory, out, context=512, recipe=recipe,
+                device=self.arguments.device, progress=said,
+            )  # fmt: skip
         return out
 
     def _calibration(self) -> Path:
@@ -235,18 +234,6 @@ class Bench:
         print(f"{key}: {reason}", flush=True)
         self.rows.failed[key] = reason
         self.rows.save()
-
-
-def open_ours(artifact: Path, comparison: str, device: str) -> tuple[Any, int]:
-    """An artifact's model at its smallest size, and bytes that the comparison leaves out."""
-    ladder = Artifact.open(artifact).ladder
-    model = load(artifact, weights=ladder.smallest_bytes).to(device)
-    if comparison == "total":
-        return model, 0
-    outer = [t["name"] for t in model.artifact.targets if t["kind"] in ("embedding", "head")]
-    if any(len(ladder.rungs[name]) > 1 for name in outer):
-        raise SystemExit(f"{artifact} quantizes embedding or head; --ours-linear must keep them")
-    return model, ladder.fixed_bytes + sum(ladder.rungs[name][0].nbytes for name in outer)
 
 
 def measured_ids(arguments: Any, checkpoint: Checkpoint, work: Path) -> dict[str, Tensor]:
@@ -295,8 +282,7 @@ def parsed() -> Any:
     parser.add_argument("--list", action="store_true", help="print every peer's points")
     parser.add_argument("--retry", action="store_true", help="make failed points again")
     parser.add_argument("--discard", action="store_true", help="delete a point's weights at once")
-    parser.add_argument("--ours", help="an artifact for the comparison of everything")
-    parser.add_argument("--ours-linear", help="an artifact that keeps embedding and head")
+    parser.add_argument("--ours", help="an artifact of ours")
     parser.add_argument("--effort", default="balanced", help="of the artifacts, made when absent")
     parser.add_argument("--device", default="cpu", help="where damage is measured")
     parser.add_argument("--peers-only", action="store_true")

@@ -227,6 +227,10 @@ def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
     )
 
 
+def _levels(bits: int) -> RungSpec:
+    return RungSpec(method="shared_levels", options={"bits": bits})
+
+
 def default_recipe(
     effort: str = "balanced", *, text: str | None = None, seed: int = 0, gpu: bool = False
 ) -> Recipe:
@@ -238,11 +242,13 @@ def default_recipe(
     if effort not in _EFFORTS:
         raise RecipeError(f"effort is quick, balanced or best, not {effort!r}")
     calibration, search = _EFFORTS[effort]
-    rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64), _gptq(5, 64, 8)]
+    rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64)]
     trains = gpu and effort == "best"
-    if effort == "best" and not trains:  # trained rungs: the fewer, the more often each is trained
-        rungs[3:4] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
-    rungs += [_gptq(6, 64, 8), _gptq(8, 64, 8)]
+    if trains:  # the fewer rungs, the more often each is trained
+        rungs = [_levels(2), _levels(3), _levels(4)]
+    elif effort == "best":
+        rungs[3:] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
+    rungs += [_gptq(5, 64, 8), _gptq(6, 64, 8), _gptq(8, 64, 8)]
     return Recipe(
         seed=seed,
         calibration=calibration.model_copy(update={"text": text}),
