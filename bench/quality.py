@@ -23,6 +23,7 @@ makes rows there that --merge takes over here.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
 import hashlib
 import shlex
@@ -67,6 +68,11 @@ def main() -> None:
                 print(f"{peer.name}: {error}")
         return
     work.mkdir(parents=True, exist_ok=True)
+    lock = (work / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two runs would lose each other's rows
+    except OSError:
+        raise SystemExit(f"another run is writing to {work}; wait, or use another --work") from None
     copies = {"regridded" if arguments.model is None else Path(arguments.model).name:
               open_checkpoint(arguments.model or regridded_smollm2())}  # fmt: skip
     if arguments.original:
