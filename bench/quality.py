@@ -29,6 +29,8 @@ import hashlib
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +70,11 @@ def main() -> None:
                 print(f"{peer.name}: {error}")
         return
     work.mkdir(parents=True, exist_ok=True)
-    lock = (work / "lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # two runs would lose each other's rows
-    except OSError:
-        raise SystemExit(f"another run is writing to {work}; wait, or use another --work") from None
+    with locked(work):
+        run(arguments, peers, work)
+
+
+def run(arguments: Any, peers: list[Peer], work: Path) -> None:
     copies = {"regridded" if arguments.model is None else Path(arguments.model).name:
               open_checkpoint(arguments.model or regridded_smollm2())}  # fmt: skip
     if arguments.original:
@@ -241,6 +243,17 @@ class Bench:
         print(f"{key}: {reason}", flush=True)
         self.rows.failed[key] = reason
         self.rows.save()
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Two runs in one directory would lose each other's rows."""
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another run writes to {work}; wait, or use another --work") from None
+        yield
 
 
 def open_ours(artifact: Path, comparison: str, device: str) -> tuple[Any, int]:
