@@ -23,11 +23,14 @@ makes rows there that --merge takes over here.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import fnmatch
 import hashlib
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +69,11 @@ def main() -> None:
                 print(f"{peer.name}: {error}")
         return
     work.mkdir(parents=True, exist_ok=True)
+    with locked(work):
+        run(arguments, peers, work)
+
+
+def run(arguments: Any, peers: list[Peer], work: Path) -> None:
     copies = {"regridded" if arguments.model is None else Path(arguments.model).name:
               open_checkpoint(arguments.model or regridded_smollm2())}  # fmt: skip
     if arguments.original:
@@ -234,6 +242,17 @@ class Bench:
         print(f"{key}: {reason}", flush=True)
         self.rows.failed[key] = reason
         self.rows.save()
+
+
+@contextmanager
+def locked(work: Path) -> Iterator[None]:
+    """Two runs in one directory would lose each other's rows."""
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"another run writes to {work}; wait, or use another --work") from None
+        yield
 
 
 def measured_ids(arguments: Any, checkpoint: Checkpoint, work: Path) -> dict[str, Tensor]:

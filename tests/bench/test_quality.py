@@ -97,6 +97,9 @@ def test_run_resumes_lists_failures_and_holds_the_bytes(run: Any, tmp_path: Path
     assert "the kernel needs a GPU" in told
     assert (tmp_path / "work" / "quality.png").stat().st_size > 1000
 
+    with quality.locked(tmp_path / "work"), pytest.raises(SystemExit, match="another run"):
+        run()
+
     # What is known is not measured again, and what was lost is.
     kept = tmp_path / "work" / "rows.json"
     rows["peers"]["model|rounding|fine"]["total"]["kl"] = 123.0

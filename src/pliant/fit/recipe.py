@@ -217,7 +217,7 @@ _EFFORTS: dict[str, tuple[Calibration, Search]] = {
     "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
     "best": (Calibration(sequences=96), Search(measurements=48, sequences=6)),
 }
-_TRAINED = 1000  # steps of the best effort on a GPU
+_TRAINED = 500  # steps of the best effort on a GPU
 
 
 def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
