@@ -18,7 +18,6 @@ PAPER = (
     "types are learned, as in Least Squares Quantization in PCM"
 )
 _SAMPLE = 1 << 19  # weights that tables are learned on
-_GAUSSIAN = 3.0  # deviations that the outermost level of the first tables stands for
 
 
 @method("shared_levels", kind="quantize", paper=PAPER, needs=("second_moment",))
