@@ -22,7 +22,8 @@ def methods(as_json: Json = False) -> None:
         })  # fmt: skip
         return
     table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 1, 0))
-    for title in ("method", "kind", "needs", "options"):
+    table.add_column("method", min_width=max(map(len, found)))  # a name is never broken
+    for title in ("kind", "needs", "options"):
         table.add_column(title)
     for name, m in found.items():
         options = ", ".join(f"{key}={value}" for key, value in m.options.items())
