@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pliant.errors import PliantError
-from pliant.fit import fit
+from pliant.errors import PliantError, RecipeError
+from pliant.fit import fit, read_recipe
 from pliant.fit import tune as tune_module
 from pliant.fit.evaluate import Evaluator
-from pliant.fit.recipe import Tune
+from pliant.fit.recipe import Reconstruct, Tune
 from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.methods import find
@@ -122,6 +122,24 @@ def test_an_interrupted_training_goes_on_and_gives_the_same_bytes(
     assert sums(tmp_path / "cut") == sums(tmp_path / "whole")
     fit(llama, memory(config, 90_000), tmp_path / "plain", recipe=recipe(), context=CONTEXT)
     assert sums(tmp_path / "plain") != sums(tmp_path / "whole")
+
+
+def test_reconstruction_is_a_stage_that_changes_integers_and_no_bytes(
+    llama: Path, tmp_path: Path
+) -> None:
+    config = open_checkpoint(llama).config
+    settings = Reconstruct(method="cbq", options={"steps": 4})
+    rebuilt = recipe().model_copy(update={"reconstruct": settings})
+    for name, chosen in (("plain", recipe()), ("rebuilt", rebuilt)):
+        fit(llama, memory(config, 90_000), tmp_path / name, recipe=chosen, context=CONTEXT)
+    plain, better = Artifact.open(tmp_path / "plain"), Artifact.open(tmp_path / "rebuilt")
+    assert better.ladder.smallest_bytes == plain.ladder.smallest_bytes
+    first = [next(iter(own)) for own in better.ladder.rungs.values()]
+    assert any(rung.where.shard.startswith("rebuilt-") for rung in first)
+    path = tmp_path / "wrong.yaml"
+    path.write_text("reconstruct: {method: gptq}")
+    with pytest.raises(RecipeError, match="not to reconstruct"):
+        read_recipe(path, recipe())
 
 
 def test_too_little_text_to_tune_on_is_said(llama: Path, tmp_path: Path) -> None:

@@ -73,16 +73,19 @@ def estimate_nbytes(target: Target, spec: RungSpec, original_bytes: int) -> int:
     if spec.method == KEEP:
         return out * width * original_bytes
     defaults = spec.info().options
-    bits = int(spec.options.get("bits", defaults.get("bits", 4)))
+    bits = float(spec.options.get("bits", defaults.get("bits", 4)))
     if spec.method in _INTEGER_METHODS:
         options = defaults | spec.options
         return GroupInt.size(
             out,
             width,
-            bits,
+            int(bits),
             options["group_size"],
             zeros=not options["symmetric"],
             scale_bits=options["scale_bits"],
         )
     rank = int(spec.options.get("rank", defaults.get("rank", 0)) or 0)
-    return out * width * bits // 8 + 2 * rank * (out + width)
+    if "blocks" in defaults:  # signs and a low-rank magnitude for each
+        blocks = int(spec.options.get("blocks", defaults["blocks"]))
+        return blocks * (out * -(-width // 8) + 2 * rank * (out + width))
+    return int(out * width * bits / 8) + 2 * rank * (out + width)

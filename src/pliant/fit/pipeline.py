@@ -33,7 +33,7 @@ from pliant.fit.recipe import (
 )
 from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
-from pliant.fit.training import trained_rungs, training_text
+from pliant.fit.training import reconstructed_rungs, trained_rungs, training_text
 from pliant.ladder import Ladder, Proposal, Rung, Writer, check_output
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
@@ -202,6 +202,10 @@ class _Job:
         held_out, ids = ids[:split], ids[split:]
         self._build(writer, work, ids, None if weights is None else weights[split:])
         rungs = distinct(writer.all_rungs(*self._shards()))
+        if self.recipe.reconstruct.method and len(ids):
+            rungs = reconstructed_rungs(
+                writer, self.model, rungs, ids, self.recipe.reconstruct, self.report
+            )
         if self.recipe.tune.steps and len(ids):
             # The climb to train along may be rough: it is planned again when training is done.
             rough = Search(measurements=search.measurements // 3)

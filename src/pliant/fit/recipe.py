@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pliant.errors import PliantError, RecipeError
 from pliant.methods import MethodInfo, catalog, find
@@ -173,6 +173,21 @@ class Tune(_Strict):
     bits: tuple[float, float] = (0.0, 5.0)
 
 
+class Reconstruct(_Strict):
+    """A reconstruction method of the catalog, or none; windows of up to `window` layers."""
+
+    method: str = ""
+    window: int = Field(default=1, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name and find(name).kind != "reconstruct":
+            raise ValueError(f"{name} is a method to {find(name).kind}, not to reconstruct")
+        return name
+
+
 class Recipe(_Strict):
     """Everything that decides an artifact's bytes, beside the model, the text and the budget.
 
@@ -185,6 +200,7 @@ class Recipe(_Strict):
     weighted: bool = True
     calibration: Calibration = Calibration()
     search: Search = Search()
+    reconstruct: Reconstruct = Reconstruct()
     tune: Tune = Tune()
     rules: tuple[Rule, ...] = ()
 
@@ -213,7 +229,7 @@ class Recipe(_Strict):
 
 Effort = Literal["quick", "balanced", "best"]
 _EFFORTS: dict[str, tuple[Calibration, Search]] = {
-    "quick": (Calibration(sequences=8), Search(measurements=8, sequences=1)),
+    "quick": (Calibration(sequences=16, length=256), Search(measurements=8, sequences=2)),
     "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
     "best": (Calibration(sequences=96), Search(measurements=48, sequences=6)),
 }
@@ -269,7 +285,7 @@ def read_recipe(path: str | Path, base: Recipe) -> Recipe:
     if not isinstance(given, dict):
         raise RecipeError(f"the recipe {path} must be a mapping with version, rules, ...")
     merged = base.as_dict()
-    for key in ("calibration", "search", "tune"):
+    for key in ("calibration", "search", "reconstruct", "tune"):
         if isinstance(given.get(key), dict):
             given[key] = merged[key] | given[key]
     if not isinstance(given.get("rules") or [], list):

@@ -1,8 +1,8 @@
-"""The training stage of a fit: text to train on, and trained rungs in shards of their own."""
+"""Stages of a fit that make rungs better together; what they change has shards of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pliant.fit.recipe import Recipe
+from pliant.codes import Code
+from pliant.fit.planning import Rungs
+from pliant.fit.recipe import Recipe, Reconstruct
+from pliant.fit.reconstruct import reconstruct
 from pliant.fit.scratch import store
-from pliant.fit.tune import tune
+from pliant.fit.tune import Key, tune
 from pliant.ladder import Ladder, Proposal, Rung, Writer
 from pliant.model import StreamedModel, Target
 from pliant.observe import write_text
@@ -64,32 +67,80 @@ def trained_rungs(
     report: Progress,
 ) -> dict[str, list[Rung]]:
     """The ladder's rungs, those that training changed read from new shards."""
-    shards = _shards(model.targets)
-    if not all(writer.has(name) for name in shards):
-        tuned = tune(
+
+    def train() -> dict[Key, Code]:
+        return tune(
             model, ladder, lambda target, index: writer.load_code(ladder.rungs[target][index]),
             ids, recipe.tune, seed=recipe.seed, work=work,
             progress=lambda d, of: report("training", d, of),
         )  # fmt: skip
-        for name, targets in shards.items():
-            changed = [
-                Proposal(rung.target, rung.method, rung.options, code, rung.damage)
-                for (target, index), code in tuned.items()
-                if target in targets
-                for rung in [ladder.rungs[target][index]]
-            ]
-            writer.write(name, changed)
-    rungs = {target: {r.nbytes: r for r in own} for target, own in ladder.rungs.items()}
-    for name in shards:
-        for rung in writer.rungs(name):  # of as many bytes as the one in whose place it is
-            rungs[rung.target][rung.nbytes] = rung
-    return {target: [own[size] for size in sorted(own)] for target, own in rungs.items()}
+
+    return _replaced(writer, model.targets, ladder.rungs, "trained", train)
 
 
-def _shards(targets: Sequence[Target]) -> Mapping[str, set[str]]:
-    """Names of the shards for trained rungs, with their targets."""
-    found: dict[str, set[str]] = {}
+def reconstructed_rungs(
+    writer: Writer,
+    model: StreamedModel,
+    rungs: Rungs,
+    ids: Tensor,
+    settings: Reconstruct,
+    report: Progress,
+) -> dict[str, list[Rung]]:
+    """`rungs` after a reconstruction method went over each level: all first rungs, all second ..
+
+    A level is a whole model, so each layer is fitted to what the layers before it bring at about
+    its own size.
+    """
+    levels = max(len(own) for own in rungs.values())
+
+    def rebuild() -> dict[Key, Code]:
+        changed: dict[Key, Code] = {}
+        for level in range(levels):
+            at = {target: min(level, len(own) - 1) for target, own in rungs.items()}
+            codes = {target: writer.load_code(rungs[target][i]) for target, i in at.items()}
+            found = reconstruct(
+                model, ids, codes, settings.method, settings.options, window=settings.window,
+                progress=lambda d, of, level=level: report(  # type: ignore[misc]
+                    "reconstructing", level * of + d, levels * of
+                ),
+            )  # fmt: skip
+            changed |= {
+                (target, level): code.to("cpu")
+                for target, code in found.items()
+                if code is not codes[target] and level < len(rungs[target])
+            }
+        return changed
+
+    return _replaced(writer, model.targets, rungs, "rebuilt", rebuild)
+
+
+def _replaced(
+    writer: Writer,
+    targets: Sequence[Target],
+    rungs: Rungs,
+    stage: str,
+    make: Callable[[], dict[Key, Code]],
+) -> dict[str, list[Rung]]:
+    """`rungs`, those that `make` changed read from shards of that stage, written when missing.
+
+    A changed rung has as many bytes as the one in whose place it is.
+    """
+    shards: dict[str, set[str]] = {}
     for target in targets:
-        name = "trained-outer" if target.block is None else f"trained-{target.block:05d}"
-        found.setdefault(name, set()).add(target.name)
-    return found
+        name = f"{stage}-outer" if target.block is None else f"{stage}-{target.block:05d}"
+        shards.setdefault(name, set()).add(target.name)
+    if not all(writer.has(name) for name in shards):
+        changed = make()
+        for name, own in shards.items():
+            proposals = [
+                Proposal(rung.target, rung.method, rung.options, code, rung.damage)
+                for (target, index), code in changed.items()
+                if target in own
+                for rung in [rungs[target][index]]
+            ]
+            writer.write(name, proposals)
+    found = {target: {rung.nbytes: rung for rung in own} for target, own in rungs.items()}
+    for name in shards:
+        for rung in writer.rungs(name):
+            found[rung.target][rung.nbytes] = rung
+    return {target: [own[size] for size in sorted(own)] for target, own in found.items()}
