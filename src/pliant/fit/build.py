@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -19,7 +18,6 @@ from pliant.observe import Observation
 # Nats for an error as large as the weight: next to nothing, so that what no text reached still
 # has a damage that falls with its bytes, and goes up the ladder last.
 _UNSEEN = 1e-9
-_LARGE = 1 << 24  # numbers: beyond it the copies that two rungs make at once are too much
 _INTEGER_METHODS = ("gptq", "rtn")
 
 
@@ -31,7 +29,8 @@ def build_rungs(
     weight = model.weight(target)
     norm = float(weight.norm())
 
-    def build(spec: RungSpec) -> Proposal:
+    made = []
+    for spec in specs:
         method, options = usable(spec, observation)
         code: Code
         if method == KEEP:
@@ -42,16 +41,8 @@ def build_rungs(
         damage = observation.damage(error) + _UNSEEN * float(error.norm() / (norm or 1.0)) ** 2
         if not math.isfinite(damage):
             raise PliantError(f"{method} on {target.name} gave values that are not finite")
-        return Proposal(target.name, method, options, code.to("cpu"), damage)
-
-    # What rungs share (the factor of the second moment) is made by the first, on all cores. The
-    # others each keep one core busy: their operations are too short to be shared.
-    made = [build(spec) for spec in specs[:1]]
-    workers = min(torch.get_num_threads(), len(specs) - 1)
-    if workers < 2 or weight.device.type != "cpu" or weight.numel() > _LARGE:
-        return made + [build(spec) for spec in specs[1:]]
-    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return made + list(pool.map(build, specs[1:]))
+        made.append(Proposal(target.name, method, options, code.to("cpu"), damage))
+    return made
 
 
 def usable(spec: RungSpec, observation: Observation) -> tuple[str, dict[str, object]]:
