@@ -84,7 +84,7 @@ class Rows:
         points = self.points(copy, comparison)
         for point in points:
             counted = point["bits"] <= COUNTED_BITS
-            ours = self.ours.get(f"{copy}|{comparison}|{effort}|{point['bytes']}", {})
+            ours = self.ours_at(copy, comparison, effort, point["bytes"])
             smaller = [p for p in points if p["bytes"] <= point["bytes"]]
             best = min(smaller, key=lambda p: p["kl"])
             row = point | {"counted": counted, "ours": ours, "best": best}
@@ -99,12 +99,20 @@ class Rows:
             found.append(row)
         return found
 
+    def ours_at(self, copy: str, comparison: str, effort: str, size: int) -> Row:
+        """Ours at that size, or at the largest measured one below it."""
+        stem = f"{copy}|{comparison}|{effort}|"
+        known = [row for key, row in self.ours.items() if key.startswith(stem) and "kl" in row]
+        fitting = [row for row in known if row["bytes"] <= size]
+        at = self.ours.get(f"{stem}{size}", {})  # it may say that it opens no smaller
+        return max(fitting, key=lambda row: row["bytes"], default=at)
+
     def kinds(self, copy: str, effort: str) -> list[Row]:
         """Ours against the best peer of at most that size, on each kind of other text."""
         found = []
         points = [p for p in self.points(copy, "total") if p.get("kinds")]
         for point in points:
-            ours = self.ours.get(f"{copy}|total|{effort}|{point['bytes']}", {}).get("kinds", {})
+            ours = self.ours_at(copy, "total", effort, point["bytes"]).get("kinds", {})
             if point["bits"] > COUNTED_BITS:
                 continue
             for kind, own in point["kinds"].items():
