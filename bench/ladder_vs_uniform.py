@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from observing import linear_observations
+from observing import linear_numbers, linear_observations
 from pliant.api import opened as opened_model
 from pliant.codes import Code, Dense, GroupInt
 from pliant.fit import fit
@@ -98,7 +98,7 @@ def main() -> None:
     outside = ladder.fixed_bytes + sum(
         own[0].nbytes for target, own in ladder.rungs.items() if is_outer(target, model)
     )
-    numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
+    numbers = linear_numbers(model)
     wanted = {f"ladder at {name}": r["linear_bytes"] for name, r in rows.known.items()}
     wanted = {n: size for n, size in wanted.items() if not n.startswith("ladder at ladder")}
     # 2.5 code bits with a group of 64: the overhead is that of 3 bits, the integers half a bit less
@@ -165,7 +165,7 @@ class Rows:
 
     def __init__(self, path: Path, model: StreamedModel, reference: Reference) -> None:
         self._path, self._reference = path, reference
-        self._numbers = sum(t.shape[0] * t.shape[1] for t in model.targets if t.block is not None)
+        self._numbers = linear_numbers(model)
         self.known: dict[str, dict[str, Any]] = (
             json.loads(path.read_text()) if path.exists() else {}
         )

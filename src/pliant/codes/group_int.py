@@ -147,10 +147,8 @@ class GroupInt(Code):
         if zeros is not None and tuple(zeros.shape) != (out, groups):
             raise PliantError(f"expected zeros [{out}, {groups}], not {tuple(zeros.shape)}")
         for what, values in (("q", q), ("zeros", zeros)):
-            if values is not None and values.numel():
-                low, high = int(values.min()), int(values.max())
-                if low < 0 or high >= 2**bits:
-                    raise PliantError(f"{what} must be in 0..{2**bits - 1}, not {low}..{high}")
+            if values is not None:
+                check_range(what, values, 2**bits)
         packed_zeros = None if zeros is None else pack(zeros, bits)
         return cls(pack(q, bits), stored, packed_zeros, width, bits, group_size)
 
@@ -244,6 +242,14 @@ class GroupInt(Code):
         zeros = stored_planes(stored, "zeros", bits, out, groups) if stored.flag("zeros") else None
         planes = stored_planes(stored, "q", bits, out, width)
         return cls(planes, scales, zeros, width, bits, group_size)
+
+
+def check_range(what: str, values: Tensor, bound: int) -> None:
+    """Raise PliantError unless all of `values` are in 0 .. bound - 1."""
+    if values.numel():
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= bound:
+            raise PliantError(f"{what} must be in 0..{bound - 1}, not {low}..{high}")
 
 
 def clip_group(group_size: int, width: int) -> int:

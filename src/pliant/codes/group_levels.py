@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from pliant.codes.base import Code, Stored, form, one_thread, row_count, row_tiles
-from pliant.codes.group_int import GroupScales, plane_names, stored_planes
+from pliant.codes.group_int import (
+    GroupScales,
+    check_range,
+    clip_group,
+    plane_names,
+    stored_planes,
+)
 from pliant.codes.packing import PLANES, pack, unpack
 from pliant.codes.power_scales import PowerScales
 from pliant.errors import CorruptError, PliantError
@@ -51,7 +57,7 @@ class GroupLevels(Code):
         out, width = index.shape
         if bits not in PLANES:
             raise PliantError(f"bits must be 1 to 8, not {bits}")
-        group_size = (width or 1) if group_size <= 0 else max(1, min(group_size, width))
+        group_size = clip_group(group_size, width)
         groups = -(-width // group_size)
         count = tables.shape[0]
         if tables.shape != (count, 2**bits) or not 1 <= count <= _MOST_TABLES:
@@ -65,10 +71,8 @@ class GroupLevels(Code):
         if selector is not None and tuple(selector.shape) != (out, groups):
             raise PliantError(f"expected a selector [{out}, {groups}], not {list(selector.shape)}")
         for what, values, bound in (("index", index, 2**bits), ("selector", selector, count)):
-            if values is not None and values.numel():
-                low, high = int(values.min()), int(values.max())
-                if low < 0 or high >= bound:
-                    raise PliantError(f"{what} must be in 0..{bound - 1}, not {low}..{high}")
+            if values is not None:
+                check_range(what, values, bound)
         chosen = None if selector is None else pack(selector, _selector_bits(count))
         half = tables.clamp(-65504, 65504).half().contiguous()
         return cls(pack(index, bits), scales, half, chosen, width, bits, group_size)

@@ -46,6 +46,8 @@ def evolve_sizes(
     large, the start is the climb's allocation through those found so far; sizes that are finished
     are kept for a run that goes on later.
     """
+    if not settings.generations or not len(ids) or not len(held_out):
+        return []
     targets = model.targets
     corrected, _ = correct_options(rungs, targets, samples)
     kept = {target: hull(own) for target, own in corrected.items()}
@@ -55,7 +57,7 @@ def evolve_sizes(
     high = sum(own[-1].nbytes for own in options.values())
     sizes = [int(bits * numbers / 8) for bits in sorted(settings.evolve_bits)]
     sizes = [size for size in sizes if low < size < high]
-    if not settings.generations or not sizes or not len(ids) or not len(held_out):
+    if not sizes:
         return []
 
     def lookup(allocation: Mapping[str, int]) -> Callable[[Target], Code | None]:
