@@ -233,7 +233,7 @@ _EFFORTS: dict[str, tuple[Calibration, Search]] = {
     "balanced": (Calibration(sequences=16), Search(measurements=16, sequences=2)),
     "best": (Calibration(sequences=96), Search(measurements=48, sequences=6)),
 }
-_TRAINED = 500  # steps of the best effort on a GPU
+_TRAINED = Tune(steps=1000, bits=(1.9, 5.0))  # of the best effort on a GPU
 
 
 def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
@@ -243,8 +243,8 @@ def _gptq(bits: int, group_size: int, scale_bits: int = 6) -> RungSpec:
     )
 
 
-def _levels(bits: int) -> RungSpec:
-    return RungSpec(method="shared_levels", options={"bits": bits})
+def _levels(bits: int, group_size: int = 64) -> RungSpec:
+    return RungSpec(method="shared_levels", options={"bits": bits, "group_size": group_size})
 
 
 def default_recipe(
@@ -261,7 +261,7 @@ def default_recipe(
     rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64)]
     trains = gpu and effort == "best"
     if trains:  # the fewer rungs, the more often each is trained
-        rungs = [_levels(2), _levels(3), _levels(4)]
+        rungs = [_levels(1), _levels(2, 256), _levels(2), _levels(3), _levels(4)]
     elif effort == "best":
         rungs[3:] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
     rungs += [_gptq(5, 64, 8), _gptq(6, 64, 8), _gptq(8, 64, 8)]
@@ -271,7 +271,7 @@ def default_recipe(
         seed=seed,
         calibration=calibration.model_copy(update={"text": text}),
         search=search,
-        tune=Tune(steps=_TRAINED if trains else 0),
+        tune=_TRAINED if trains else Tune(),
         rules=(Rule(targets="*", rungs=tuple(rungs)),),
     )
 
