@@ -125,6 +125,13 @@ class LatentLevels(Latent):
         self.log_scale = scales.log().requires_grad_(True)
 
     def weight(self) -> Tensor:
+        if self.position.is_cuda:
+            from pliant.kernels.triton.latent import levels_weight
+
+            return levels_weight(
+                self.position, self.log_scale, self._levels,
+                unit=self._unit, reach=_REACH, scale_bits=self.scale_bits, width=self.width,
+            )  # fmt: skip
         grouped: Tensor = _FakeLevels.apply(  # type: ignore[no-untyped-call]
             self.position, self._scales() * self._unit, self._levels, self._middles
         )
