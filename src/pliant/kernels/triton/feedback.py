@@ -14,6 +14,29 @@ _ROWS = 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _tile(columns, begin, count, rows, row, index):  # type: ignore[no-untyped-def]
+    """The block's columns of a program's rows, [BLOCK, ROWS]."""
+    here = (begin + index).to(tl.int64) * rows
+    held = (index < count)[:, None] & (row < rows)[None, :]
+    return tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _fed(  # type: ignore[no-untyped-def]
+    tile, choice, left, chosen, errors, factor, begin, i, count, rows, width, row, index
+):
+    """Store what column i became; the tile with what is left of it fed to the columns after."""
+    at = (begin + i).to(tl.int64)
+    error = left / tl.load(factor + at * width + at)
+    tl.store(chosen + at * rows + row, choice.to(tl.uint8), mask=row < rows)
+    tl.store(errors + i * rows + row, error, mask=row < rows)
+    spread = tl.load(
+        factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
+    )
+    return tile - spread[:, None] * error[None, :]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _feedback(  # type: ignore[no-untyped-def]
     columns, chosen, errors, scales, zeros, groups, factor,
     begin, count, rows, width, top,
@@ -22,9 +45,7 @@ def _feedback(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     index = tl.arange(0, BLOCK)
-    here = (begin + index).to(tl.int64) * rows
-    held = (index < count)[:, None] & inside[None, :]
-    tile = tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+    tile = _tile(columns, begin, count, rows, row, index)
     for i in range(count):
         column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
         group = tl.load(groups + begin + i).to(tl.int64)
@@ -33,15 +54,10 @@ def _feedback(  # type: ignore[no-untyped-def]
         # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
         q = tl.floor(column / tl.maximum(scale, 1e-12) + zero + 0.5)
         q = tl.minimum(tl.maximum(q, 0.0), top)
-        at = (begin + i).to(tl.int64)
-        diagonal = tl.load(factor + at * width + at)
-        error = (column - (q - zero) * scale) / diagonal
-        tl.store(chosen + at * rows + row, q.to(tl.uint8), mask=inside)
-        tl.store(errors + i * rows + row, error, mask=inside)
-        spread = tl.load(
-            factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
-        )
-        tile -= spread[:, None] * error[None, :]
+        tile = _fed(
+            tile, q, column - (q - zero) * scale,
+            chosen, errors, factor, begin, i, count, rows, width, row, index,
+        )  # fmt: skip
 
 
 def round_block(
@@ -79,9 +95,7 @@ def _level_feedback(  # type: ignore[no-untyped-def]
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     index = tl.arange(0, BLOCK)
-    here = (begin + index).to(tl.int64) * rows
-    held = (index < count)[:, None] & inside[None, :]
-    tile = tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+    tile = _tile(columns, begin, count, rows, row, index)
     for i in range(count):
         column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
         group = tl.load(groups + begin + i).to(tl.int64)
@@ -92,14 +106,10 @@ def _level_feedback(  # type: ignore[no-untyped-def]
         for k in range(LEVELS - 1):
             place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
         value = tl.load(levels + table * LEVELS + place) * scale
-        at = (begin + i).to(tl.int64)
-        error = (column - value) / tl.load(factor + at * width + at)
-        tl.store(chosen + at * rows + row, place.to(tl.uint8), mask=inside)
-        tl.store(errors + i * rows + row, error, mask=inside)
-        spread = tl.load(
-            factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
-        )
-        tile -= spread[:, None] * error[None, :]
+        tile = _fed(
+            tile, place, column - value,
+            chosen, errors, factor, begin, i, count, rows, width, row, index,
+        )  # fmt: skip
 
 
 def round_block_to_levels(
