@@ -117,8 +117,7 @@ def wanted(only: str = "", shard: tuple[int, int] = (0, 1)) -> list[Row]:
 def merge(known: Known, paths: list[str]) -> None:
     for path in paths:
         known.merge(Path(path))
-    if paths:
-        known.save()
+    known.save()
 
 
 def evaluation(checkpoint: Checkpoint, arguments: Any) -> torch.Tensor:

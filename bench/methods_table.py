@@ -25,6 +25,8 @@ class Known:
 
     def merge(self, path: Path) -> None:
         """Take over the rows of another file that are not known here. Exits on other settings."""
+        if not path.is_file():
+            raise SystemExit(f"there is no {path}; --merge takes the methods.json of another run")
         given = json.loads(path.read_text())
         if self.settings is None:
             self.settings = given["settings"]
