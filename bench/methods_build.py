@@ -126,7 +126,8 @@ class Builder:
         ladder, _ = make_ladder(rungs, targets, samples, 0)
         allocation, accepted = ladder.allocation(size), None
         for entry in kept.state("evolved") or []:
-            allocation, accepted = entry["allocation"], entry["used"]
+            allocation = entry["allocation"]
+            accepted = entry["used"] if "held_out" in entry else None  # it found nothing better
         return {t: kept.load_code(ladder.rungs[t][i]) for t, i in allocation.items()}, accepted
 
     def _rungs(self, seen: Observation, kept: _Kept) -> list[Rung]:
