@@ -112,10 +112,9 @@ class Builder:
         self, row: Row, planned: Planned, observations: list[Observation]
     ) -> tuple[dict[str, Code], bool | None]:
         model, kept = self._model, _Kept()
-        rungs: Rungs = distinct(
-            {seen.target.name: self._rungs(seen, kept) for seen in observations}
-        )
-        size = sum(r.nbytes for own in rungs.values() for r in own if r.options == row.options)
+        made = {seen.target.name: self._rungs(seen, kept) for seen in observations}
+        size = sum(r.nbytes for own in made.values() for r in own if r.options == row.options)
+        rungs: Rungs = distinct(made)
         targets = [t for t in model.targets if t.name in rungs]
         samples = measure_samples(
             kept, lambda: Evaluator(model, self._held_out), rungs, targets, planned.measured, seed=0
