@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -14,12 +14,16 @@ from pliant.observe import Observation, Sweep
 
 
 def linear_observations(
-    model: StreamedModel, ids: Tensor, needs: frozenset[str], weighted: bool = True
+    model: StreamedModel,
+    ids: Tensor,
+    needs: frozenset[str],
+    weighted: bool = True,
+    weights: Tensor | None = None,
 ) -> Iterator[Observation]:
-    """The observation of every linear layer, the last layer's first."""
+    """The observation of every linear layer, the last layer's first. weights [n]: of sequences."""
     wanted = {t.name: needs for t in model.targets if t.block is not None}
     with tempfile.TemporaryDirectory() as scratch:
-        sweep = Sweep(model, ids, Path(scratch), needs=wanted, weighted=weighted)
+        sweep = Sweep(model, ids, Path(scratch), needs=wanted, weighted=weighted, weights=weights)
         sweep.forward()
         _, gradient = sweep.outer()
         for index in reversed(range(len(model.blocks))):
@@ -29,7 +33,7 @@ def linear_observations(
 
 def build_all(
     model: StreamedModel,
-    observations: Sequence[Observation],
+    observations: Iterable[Observation],
     build: Callable[[Tensor, Observation], Code],
 ) -> dict[str, Code]:
     """`build(weight, observation)` for every observed target, by name."""

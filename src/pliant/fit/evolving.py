@@ -152,7 +152,7 @@ class _Scorer:
         outputs = OutputsHash()
         damage = self._evaluator.damage(self._lookup(allocation), self._probe, outputs.add)
         self._last = dict(allocation), damage
-        rest = " ".join(str(allocation[name]) for name in self._unreached)
+        rest = " ".join(str(allocation.get(name)) for name in self._unreached)
         return f"{outputs.hexdigest()} {rest}"
 
 

@@ -87,7 +87,7 @@ class Reference:
             key = f"{key}|{getattr(model, 'dtype', None)}"
         known = None if key is None else load_reference(key, windows, score)
         if known is not None:
-            return cls(windows, score, known, parts)
+            return cls(windows, score, known.to(device), parts)
         kept = []
         for index, ids in enumerate(windows):
             kept.append(parts.hidden(ids[None].to(device))[0, positions].clone())

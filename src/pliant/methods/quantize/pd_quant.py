@@ -86,9 +86,10 @@ def choose_rows(changes: Tensor, *, local: float = 1.0, passes: int = 2) -> Tens
 
     changes [candidates, out, n]: c of each candidate of each row. Starts from candidate 0.
     """
-    out = changes.shape[1]
+    out, device = changes.shape[1], changes.device
+    changes = changes.cpu()  # row after row: on a GPU each small step would cost several launches
     own = changes.square().sum(-1)
-    chosen = torch.zeros(out, dtype=torch.int64, device=changes.device)
+    chosen = torch.zeros(out, dtype=torch.int64)
     total = changes[0].sum(0)
     for _ in range(passes):
         before = chosen.clone()
@@ -101,7 +102,7 @@ def choose_rows(changes: Tensor, *, local: float = 1.0, passes: int = 2) -> Tens
             total = rest + options[chosen[row]]
         if torch.equal(chosen, before):
             break
-    return chosen
+    return chosen.to(device)
 
 
 def _changes(error: Tensor, inputs: Tensor, gradients: Tensor) -> Tensor:
