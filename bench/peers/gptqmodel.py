@@ -43,13 +43,15 @@ def make(job: Job) -> Result:
     config = QuantizeConfig(**job.options, offload_to_disk=False, device=device)
     model = GPTQModel.load(str(job.source), config, dtype=torch.bfloat16)
     ids = job.calibration()
-    model.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids])
+    windows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids]
+    # All are of one length: a batch changes nothing but the time.
+    model.quantize(windows, batch_size=8 if device == "cuda" else 1)
     saved = job.work / "saved"
     model.save(str(saved))
     del model
     names = modules(job.source)
     kinds = stored_bytes(saved, names)
-    read = GPTQModel.load(str(saved), backend=BACKEND.GPTQ_TORCH, device=device)
+    read = GPTQModel.load(str(saved), backend=BACKEND.GPTQ_TORCH, device="cpu")
     weights = {
         f"{name}.weight": read.model.get_submodule(name).dequantize_weight().T for name in names
     }

@@ -2,7 +2,9 @@
 
 Options, from its quantization documentation. At 4 bits Int4WeightOnlyConfig's packings need CUDA,
 XPU or NPU (plain: the package mslk); on a CPU the same scheme is PrototypeInt4WeightOnlyConfig,
-two integers a byte with a bfloat16 scale and zero point a group. IntxWeightOnlyConfig takes 1 to 8
+two integers a byte with a bfloat16 scale and zero point a group. The tile points are
+Int4WeightOnlyConfig's tile_packed_to_4d, whose HQQ choice of scales it recommends; they need CUDA,
+and their rows are padded to a multiple of 1024. IntxWeightOnlyConfig takes 1 to 8
 bits; of its two ways to choose scales, HQQ_SCALE_ONLY has the smaller error on normal numbers below
 4 bits (0.192 against 0.196 at 3, 0.379 against 0.459 at 2), asymmetric AFFINE at 4. It stores one
 integer a byte at any width ("unpacked"), and that is what the bytes count; the note says what
@@ -12,12 +14,14 @@ packed integers would take.
 from __future__ import annotations
 
 import torch
-from _common import GROUP, Job, Result, linears, main, per_kind
+from _common import GROUP, CannotMake, Job, Result, linears, main, per_kind
 
 POINTS = {
     "int4-g32": {"bits": 4, "group_size": 32, "config": "int4"},
     "int4-g64": {"bits": 4, "group_size": GROUP, "config": "int4"},
     "int4-g64-hqq": {"bits": 4, "group_size": GROUP, "config": "int4", "algorithm": "hqq"},
+    "tile4-g64-hqq": {"bits": 4, "group_size": GROUP, "config": "tile", "algorithm": "hqq"},
+    "tile4-g32-hqq": {"bits": 4, "group_size": 32, "config": "tile", "algorithm": "hqq"},
     "intx4-g64": {"bits": 4, "group_size": GROUP, "config": "intx", "algorithm": "affine"},
     "intx3-g64": {"bits": 3, "group_size": GROUP, "config": "intx", "algorithm": "hqq_scale_only"},
     "intx2-g64": {"bits": 2, "group_size": GROUP, "config": "intx", "algorithm": "hqq_scale_only"},
@@ -28,10 +32,15 @@ POINTS = {
 def make(job: Job) -> Result:
     from torchao.quantization import quantize_
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if job.options["config"] == "tile" and device == "cpu":
+        raise CannotMake("tile_packed_to_4d needs CUDA")
+    if job.options["config"] == "int4":
+        device = "cpu"  # the prototype's
     weights, kinds, packed = {}, {}, 0
     for name, weight in linears(job.source):
         layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        layer.weight.data = weight.to(torch.bfloat16)
+        layer.weight.data = weight.to(device, torch.bfloat16)
         quantize_(layer, config(**job.options))
         coded = layer.weight
         for kind in coded.tensor_data_names:
@@ -43,7 +52,8 @@ def make(job: Job) -> Result:
             weights[name] = coded.dequantize()
         else:  # this tensor offers only its product: take it of the identity
             with torch.no_grad():
-                weights[name] = layer(torch.eye(weight.shape[1], dtype=torch.bfloat16)).T
+                identity = torch.eye(weight.shape[1], dtype=torch.bfloat16, device=device)
+                weights[name] = layer(identity).T
     note = f"{per_kind(kinds)}; with packed integers {packed}"
     return Result(weights, sum(kinds.values()), note=note)
 
@@ -56,6 +66,15 @@ def config(bits: int, group_size: int, config: str, algorithm: str | None = None
         chosen = {} if algorithm is None else {"int4_choose_qparams_algorithm": algorithm}
         return PrototypeInt4WeightOnlyConfig(
             group_size=group_size, set_inductor_config=False, **chosen
+        )
+    if config == "tile":
+        from torchao.quantization import Int4WeightOnlyConfig
+
+        return Int4WeightOnlyConfig(
+            group_size=group_size,
+            int4_packing_format="tile_packed_to_4d",
+            int4_choose_qparams_algorithm=algorithm,
+            set_inductor_config=False,
         )
     from torchao.quantization import IntxWeightOnlyConfig, MappingType, PerGroup
 
