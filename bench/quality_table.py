@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -118,46 +119,61 @@ def _mib(size: int) -> str:
     return f"{size / 2**20:.2f}"
 
 
+_TOP = 6.0  # of the plot: what is above it is no language model
+
+
 def _plot(rows: Rows, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = [(copy, c) for copy in rows.copies() for c in COMPARISONS if rows.points(copy, c)]
-    if not panels:
+    copies = [copy for copy in rows.copies() if any(rows.points(copy, c) for c in COMPARISONS)]
+    if not copies:
         return
-    figure, axes = plt.subplots(
-        len(panels), 1, figsize=(8, 4.6 * len(panels)), dpi=150, squeeze=False
-    )
-    for axis, (copy, comparison) in zip(axes[:, 0], panels, strict=True):
-        series: dict[str, list[tuple[int, float]]] = {}
-        for point in rows.points(copy, comparison):
-            series.setdefault(_series(point), []).append((point["bytes"], point["kl"]))
-        for name, points in series.items():
-            axis.plot(*_mib_axis(points), "o-", lw=0.8, ms=4, label=name)
+    figure, grid = plt.subplots(
+        len(copies), len(COMPARISONS), figsize=(12, 4.6 * len(copies)), dpi=110, squeeze=False,
+        sharey=True,
+    )  # fmt: skip
+    series = sorted({_series(p) for copy in copies for c in COMPARISONS
+                     for p in rows.points(copy, c)})  # fmt: skip
+    style = {name: (f"C{i % 10}", "osD^vP*Xphd<>8"[i % 14]) for i, name in enumerate(series)}
+    for (row, copy), (column, comparison) in product(enumerate(copies), enumerate(COMPARISONS)):
+        axis = grid[row, column]
+        for name in series:
+            points = [(p["bytes"], min(p["kl"], _TOP)) for p in rows.points(copy, comparison)
+                      if _series(p) == name]  # fmt: skip
+            if points:
+                color, marker = style[name]
+                axis.plot(*_mib_axis(points), marker, color=color, ms=5, alpha=0.8, label=name)
         for effort in rows.efforts(copy):
             prefix = f"{copy}|{comparison}|{effort}|"
             ours: list[tuple[int, float]] = sorted(
-                (row["bytes"], row["kl"])
-                for key, row in rows.ours.items()
-                if key.startswith(prefix) and "kl" in row
+                (own["bytes"], own["kl"])
+                for key, own in rows.ours.items()
+                if key.startswith(prefix) and "kl" in own
             )
             if ours:
-                axis.plot(*_mib_axis(ours), ".-", lw=2, label=f"ours, one artifact, {effort}")
-        axis.set(yscale="log", title=f"{copy}: {comparison}", xlabel="MiB",
-                 ylabel="damage: KL, nats a token")  # fmt: skip
+                axis.plot(*_mib_axis(ours), "k-", lw=2, label=f"Pliant, one artifact, {effort}")
+        what = "everything loaded" if comparison == "total" else "linear layers alone"
+        axis.set(yscale="log", title=f"{copy}, {what}", xlabel="MiB")
         axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=7)
+    for axis in grid[:, 0]:
+        axis.set(ylabel="damage: KL, nats a token")
+    shown = {label: handle for axis in grid.flat
+             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}  # fmt: skip
     figure.tight_layout()
-    figure.savefig(path)
+    figure.legend(shown.values(), shown.keys(), fontsize=8, loc="center left",
+                  bbox_to_anchor=(1.0, 0.5))  # fmt: skip
+    figure.savefig(path, bbox_inches="tight")
     plt.close(figure)
 
 
 def _series(point: Row) -> str:
-    """Points of one peer that are named alike up to the first dash are one line."""
-    head, dash, _ = str(point["point"]).partition("-")
-    return f"{point['peer']} {head}" if dash else str(point["peer"])
+    """A peer, and of llama.cpp how its types were applied."""
+    if point["peer"] != "llama_cpp":
+        return str(point["peer"])
+    return f"llama.cpp {str(point['point']).partition('-')[0]}"
 
 
 def _mib_axis(points: list[tuple[int, float]]) -> tuple[Any, Any]:
