@@ -21,7 +21,7 @@ from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import find_device, resident_bytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.evolving import evolve_sizes, evolved_summary
-from pliant.fit.planning import distinct, make_ladder, measure_samples
+from pliant.fit.planning import better_ladder, distinct, make_ladder, measure_samples
 from pliant.fit.recipe import (
     KEEP,
     Recipe,
@@ -34,6 +34,7 @@ from pliant.fit.recipe import (
 from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
 from pliant.fit.training import reconstructed_rungs, trained_rungs, training_text
+from pliant.fit.tune import trained_sizes
 from pliant.ladder import Ladder, Proposal, Rung, Writer, check_output
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
@@ -46,10 +47,11 @@ from pliant.observe import (
     digest,
 )
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weights_budget
-from pliant.plan.search import Correction, Sample
+from pliant.plan.search import Correction, Sample, spaced
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
 
+_COMPARED = 6  # sizes at which two orders of a trained ladder are measured
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
            "generation_config", "config.json", "LICENSE")  # fmt: skip
 
@@ -207,15 +209,7 @@ class _Job:
                 writer, self.model, rungs, ids, self.recipe.reconstruct, self.report
             )
         if self.recipe.tune.steps and len(ids):
-            # The climb to train along may be rough: it is planned again when training is done.
-            rough = Search(measurements=search.measurements // 3)
-            ladder, _, _ = self._plan(writer, rungs, ids, held_out, rough)
-            own = ids if self.recipe.calibration.text is not None else ids[:0]
-            text = training_text(self._resident(), self.recipe, own, work, self.report)
-            rungs = trained_rungs(writer, self.model, ladder, text, self.recipe, work, self.report)
-            ladder, correction, samples = self._plan(
-                writer, rungs, ids, held_out, search, "trained"
-            )
+            ladder, correction, samples = self._trained(writer, rungs, ids, held_out, work)
         else:
             ladder, correction, samples = self._plan(writer, rungs, ids, held_out, search)
         self._refuse_below(ladder.smallest_bytes, budget, room)  # some sizes were estimates
@@ -242,6 +236,34 @@ class _Job:
         )
         self.report("writing", 1, 1)
         return summary(path, note)
+
+    def _trained(
+        self,
+        writer: Writer,
+        rungs: dict[str, list[Rung]],
+        ids: Tensor,
+        held_out: Tensor,
+        work: Path,
+    ) -> tuple[Ladder, Correction, list[Sample]]:
+        """The climb over rungs that are trained along a rough one first."""
+        search = self.recipe.search
+        rough = Search(measurements=search.measurements // 3)
+        ladder, _, _ = self._plan(writer, rungs, ids, held_out, rough)
+        own = ids if self.recipe.calibration.text is not None else ids[:0]
+        text = training_text(self._resident(), self.recipe, own, work, self.report)
+        trained = trained_rungs(writer, self.model, ladder, text, self.recipe, work, self.report)
+        sizes = sorted(set(spaced(*trained_sizes(ladder, self.recipe.tune), _COMPARED)))
+        along = [ladder.allocation(size) for size in sizes]
+        ladder, correction, samples = self._plan(
+            writer, trained, ids, held_out, search, "trained"
+        )  # fmt: skip
+        if len(held_out):  # rungs may fit each other best where they were trained together
+            kept, _ = make_ladder(trained, self.model.targets, samples, writer.fixed_bytes, along)
+            ladder = better_ladder(
+                writer, lambda: Evaluator(self.model, held_out), [ladder, kept], sizes,
+                name="orders", progress=lambda d, of: self.report("comparing", d, of),
+            )  # fmt: skip
+        return ladder, correction, samples
 
     def _plan(
         self,

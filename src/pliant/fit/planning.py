@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from pliant.codes import Code
 from pliant.fit.evaluate import Evaluator, code_lookup
 from pliant.ladder import Ladder, Rung, Step, Writer
 from pliant.model import Target
@@ -127,3 +129,37 @@ def make_ladder(
             Step(move.target, renumber[move.target][move.stop], correction.total(max(total, 0.0)))
         )
     return Ladder(chosen, tuple(steps), fixed_bytes, start), correction
+
+
+def better_ladder(
+    writer: Writer,
+    evaluator: Callable[[], Evaluator],
+    ladders: Sequence[Ladder],
+    sizes: Sequence[int],
+    *,
+    name: str,
+    progress: Progress | None = None,
+) -> Ladder:
+    """The ladder of the least damage, measured at `sizes` (bytes of weights): the mean logarithm.
+
+    name: under which the writer keeps what was measured. The first of equals wins.
+    """
+
+    def reader(ladder: Ladder) -> Callable[[str, int], Code]:
+        return lambda target, index: writer.load_code(ladder.rungs[target][index])
+
+    done: list[float] = list(writer.state(name) or [])
+    count = len(ladders) * len(sizes)
+    made = evaluator() if len(done) < count else None
+    for index in range(len(done), count):
+        ladder, size = ladders[index // len(sizes)], sizes[index % len(sizes)]
+        assert made is not None
+        done.append(made.damage(code_lookup(ladder.allocation(size), reader(ladder))))
+        writer.save_state(name, done)
+        if progress is not None:
+            progress(index + 1, count)
+    scores = [
+        sum(math.log(max(damage, 1e-9)) for damage in done[start : start + len(sizes)])
+        for start in range(0, count, len(sizes))
+    ]
+    return ladders[scores.index(min(scores))]
