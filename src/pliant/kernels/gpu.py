@@ -1,0 +1,141 @@
+"""Products on a GPU: the fastest kernel that a group code, its batch and the machine allow.
+
+Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the correction of a Sum added in it.
+Up to 64: the Triton kernel. More (prefill): decoded and multiplied by the vendor's library, or the
+Triton kernel where that is measured to be faster. Without nvcc the Triton kernel takes all; without
+Triton, or where gradients are asked for, the reference does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.codes import Code, Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum
+from pliant.kernels import reference
+from pliant.kernels.activations import rounded
+from pliant.kernels.cuda import build
+from pliant.kernels.cuda.decode import (
+    MOST_ROWS,
+    Terms,
+    choose_shape,
+    multiply,
+    project,
+    sparse_terms,
+    vector_bytes,
+)
+from pliant.kernels.dispatch import matmul, register
+
+_FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
+
+
+@register(GroupInt, "cuda")
+@register(GroupLevels, "cuda")
+def group(x: Tensor, code: Code) -> Tensor:
+    """x [n, in] times a group code; [n, out] in x.dtype."""
+    assert isinstance(code, GroupInt | GroupLevels)
+    if not _triton() or (torch.is_grad_enabled() and x.requires_grad):
+        return reference.by_row_tiles(x, code)
+    library = _library(x, code)
+    if library is not None:
+        x = _aligned(x)
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            return multiply(x, code, library, stream, choose_shape(code, len(x)))
+    from pliant.kernels.triton import group as triton_group
+
+    if len(x) <= _FEW or x.dtype == torch.float32:
+        return triton_group.multiply(x, code)
+    tiles = list(reference.row_tiles(x, code))
+    if len(tiles) == 1:
+        return F.linear(x, triton_group.decode(code, x.dtype))
+    y = x.new_empty(len(x), code.shape[0])
+    for tile in tiles:
+        y[:, tile] = F.linear(x, triton_group.decode(code, x.dtype, tile))
+    return y
+
+
+@register(Sum, "cuda")
+def total(x: Tensor, code: Code) -> Tensor:
+    """A group code with a low-rank and a sparse term added in its launch; other sums by parts."""
+    assert isinstance(code, Sum)
+    base, low, sparse, rest = _split(code)
+    library = None if base is None else _library(x, base)
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    if base is None or library is None or wants_grad or rounded(x, base) is not x:
+        return reference.total(x, code)
+    x = _aligned(x)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        middle = factor = None
+        if low is not None and isinstance(low.a, Dense) and isinstance(low.b, Dense):
+            factor, middle = low.a.values, project(x, low.b.values, library, stream)
+        values, columns, starts = (None,) * 3 if sparse is None else _entries(sparse)
+        terms = Terms(factor, middle, values, columns, starts, late=middle is not None)
+        y = multiply(x, base, library, stream, choose_shape(base, len(x)), terms)
+    for part in rest:
+        y += matmul(x, part)
+    return y
+
+
+def _split(
+    code: Sum,
+) -> tuple[GroupInt | GroupLevels | None, LowRank | None, Sparse | None, list[Code]]:
+    """(group code, low-rank term, sparse term, the others): what one launch takes, and the rest."""
+    base = low = sparse = None
+    rest: list[Code] = []
+    for part in code.parts:
+        if base is None and isinstance(part, GroupInt | GroupLevels):
+            base = part
+        elif low is None and isinstance(part, LowRank) and part.rank and _fusible(part):
+            low = part
+        elif sparse is None and isinstance(part, Sparse):
+            sparse = part
+        else:
+            rest.append(part)
+    return base, low, sparse, rest
+
+
+def _fusible(code: LowRank) -> bool:
+    dense = [f.values for f in (code.a, code.b) if isinstance(f, Dense)]
+    return (
+        len(dense) == 2
+        and all(v.dtype in (torch.float16, torch.bfloat16) and v.is_contiguous() for v in dense)
+        and code.shape[1] % 8 == 0
+        and dense[1].data_ptr() % 16 == 0
+    )
+
+
+_ENTRIES: WeakKeyDictionary[Code, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _entries(code: Sparse) -> tuple[Tensor, Tensor, Tensor]:
+    if code not in _ENTRIES:
+        _ENTRIES[code] = sparse_terms(code)
+    return _ENTRIES[code]
+
+
+def _library(x: Tensor, code: GroupInt | GroupLevels) -> Any:
+    """The CUDA kernel for this product, or None where it has none."""
+    if len(x) > MOST_ROWS or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if not vector_bytes(code):
+        return None
+    levels = isinstance(code, GroupLevels)
+    return build.library(code.bit_width, levels, x.dtype == torch.float16)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None

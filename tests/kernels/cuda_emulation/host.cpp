@@ -1,0 +1,29 @@
+// decode.cu as a CPU library: the entry of the GPU build, run block after block by fibers.
+#define PLIANT_EMULATE
+#include "decode.cu"
+
+static Args args;
+static std::vector<uint8_t> memory;
+
+template <int VEC, int TILES, int DEPTH>
+static void body() { decode_block<VEC, TILES, DEPTH>(args, memory.data()); }
+
+template <int VEC, int TILES, int DEPTH>
+static int launch(int warps) {
+  memory.assign(layout_of(args, VEC, TILES, warps).total, 0x7f);  // shared memory comes unset
+  const int blocks = (args.out + 16 * args.row_tiles - 1) / (16 * args.row_tiles);
+  for (int i = 0; i < blocks; i++) emulate::run_block(i, 32 * warps, body<VEC, TILES, DEPTH>);
+  return 0;
+}
+extern "C" int pliant_shared(const Args* a, int vec, int tiles, int warps) {
+  return layout_of(*a, vec, tiles, warps).total;
+}
+extern "C" int pliant_decode(const Args* a, int vec, int tiles, int depth, int, int warps,
+                             int, void*) {
+  args = *a;
+#define PLIANT_CASE(V, T, D) if (vec == V && tiles == T && depth == D) return launch<V, T, D>(warps);
+  PLIANT_CASE(16, 1, 2) PLIANT_CASE(16, 2, 1) PLIANT_CASE(8, 1, 2) PLIANT_CASE(8, 2, 1)
+  PLIANT_CASE(4, 1, 2) PLIANT_CASE(4, 2, 1)
+  return -1;
+}
+extern "C" int pliant_depth() { return 2; }
