@@ -51,7 +51,7 @@ struct Args {
   const uint16_t* sparse_values;   // fp16 [nnz] or null
   const int32_t* sparse_columns;   // [nnz]
   const int32_t* sparse_starts;    // [out + 1]
-  int32_t out, width, groups, group_size;
+  int32_t out, width, groups, group_size, group_shift;  // shift: -1 for other group sizes
   int32_t n, y_stride;
   int32_t scale_kind;  // 0 fp16, 1 integers times row_scale / 2**bits, 2 exponents
   int32_t scale_bits, scale_base;
@@ -162,6 +162,17 @@ __device__ __forceinline__ float group_scale(const Args& a, int64_t row, int gro
   return __uint_as_float(static_cast<uint32_t>(exponent) << 23) * factor;
 }
 
+// (v & mask) | others in one instruction; the compiler alone makes two of it.
+__device__ __forceinline__ uint32_t and_or(uint32_t v, uint32_t mask, uint32_t others) {
+#ifdef PLIANT_EMULATE
+  return (v & mask) | others;
+#else
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(r) : "r"(v), "r"(mask), "r"(others));
+  return r;
+#endif
+}
+
 template <int SHIFT>
 __device__ __forceinline__ uint32_t shifted(uint32_t v) {
   if constexpr (SHIFT >= 0) return v >> SHIFT;
@@ -178,7 +189,7 @@ __device__ __forceinline__ uint32_t pair_of(const uint32_t* words) {
       constexpr int p = plane_width(I), r = p / kLow;
       constexpr int top = kMantissa - BITS + plane_shift(I);  // where the field goes
       constexpr uint32_t mask = ((1u << p) - 1) << top;
-      v |= shifted<8 * ODD + p * (SLICE / r) - top>(words[I]) & (mask | mask << 16);
+      v = and_or(shifted<8 * ODD + p * (SLICE / r) - top>(words[I]), mask | mask << 16, v);
     }
   };
   add.template operator()<0>();
@@ -190,8 +201,8 @@ __device__ __forceinline__ uint32_t pair_of(const uint32_t* words) {
 // The high (PART = 1) or low nibbles of two bytes as bf16: 1 + high / 16 and (1 + low / 16) / 16.
 template <int ODD, int PART>
 __device__ __forceinline__ uint32_t nibbles_of(uint32_t word) {
-  const uint32_t v = shifted<8 * ODD + 4 * PART - 3>(word) & 0x00780078u;
-  return v | (PART ? 0x3F803F80u : 0x3D803D80u);
+  const uint32_t v = shifted<8 * ODD + 4 * PART - 3>(word);
+  return and_or(v, 0x00780078u, PART ? 0x3F803F80u : 0x3D803D80u);
 }
 
 // The same two values as an index of the table of pairs: first | second << BITS.
@@ -294,32 +305,40 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
     const int end = min(begin + a.slab, chunks), count = end - begin;
     if (begin) __syncthreads();
     // Scales and offsets of this slab, for rows r and r + 8 together.
-    const int units = kSlices * count;
-    for (int i = threadIdx.x; i < a.row_tiles * units * 8; i += blockDim.x) {
-      const int r = i % 8, unit = (i / 8) % units, which = i / 8 / units;
-      const int slice = unit / count, chunk = unit - slice * count;
-      const int group = (slice * bytes + (begin + chunk) * kUnit) / a.group_size;
-      float s[2], o[2];
+    for (int i = threadIdx.x; i < a.row_tiles * count * 8; i += blockDim.x) {
+      const int r = i % 8, which = a.row_tiles == 1 ? 0 : i / 8 / count;
+      const int chunk = i / 8 - which * count;
+      const int64_t row = min(first_row + which * 16 + r, a.out - 1);
+      const int64_t below = min(first_row + which * 16 + r + 8, a.out - 1);
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int row = min(first_row + which * 16 + r + 8 * h, a.out - 1);
-        const float scale = group_scale(a, row, group);
+      for (int slice = 0; slice < kSlices; slice++) {
+        const int k = slice * bytes + (begin + chunk) * kUnit;
+        const int group = a.group_shift >= 0 ? k >> a.group_shift : k / a.group_size;
+        float4 s;
+        s.x = group_scale(a, row, group);
+        s.y = group_scale(a, below, group);
         if constexpr (LEVELS != 0) {
-          const int chosen =
-              a.selector_bits ? packed_value(a.zero_planes, a.selector_bits, row, group, a.groups)
-                              : 0;
-          s[h] = scale;
-          o[h] = __int_as_float((chosen << 2 * BITS) * a.copies);
+          int chosen[2] = {0, 0};
+          if (a.selector_bits) {
+            chosen[0] = packed_value(a.zero_planes, a.selector_bits, row, group, a.groups);
+            chosen[1] = packed_value(a.zero_planes, a.selector_bits, below, group, a.groups);
+          }
+          s.z = __int_as_float((chosen[0] << 2 * BITS) * a.copies);
+          s.w = __int_as_float((chosen[1] << 2 * BITS) * a.copies);
         } else {
-          const float zero = a.zero_planes[0]
-                                 ? packed_value(a.zero_planes, BITS, row, group, a.groups)
-                                 : (BITS == 1 ? 0.5f : 1 << (BITS - 1));
-          s[h] = scale * (1 << BITS);
-          o[h] = scale * ((1 << BITS) + (kSplit ? 16 : 0) + zero);
+          constexpr float kOffset = (1 << BITS) + (kSplit ? 16 : 0);
+          float zero[2] = {BITS == 1 ? 0.5f : 1 << (BITS - 1), BITS == 1 ? 0.5f : 1 << (BITS - 1)};
+          if (a.zero_planes[0]) {
+            zero[0] = packed_value(a.zero_planes, BITS, row, group, a.groups);
+            zero[1] = packed_value(a.zero_planes, BITS, below, group, a.groups);
+          }
+          s.z = -s.x * (kOffset + zero[0]);
+          s.w = -s.y * (kOffset + zero[1]);
+          s.x *= 1 << BITS;
+          s.y *= 1 << BITS;
         }
+        scales[((which * kSlices + slice) * a.slab + chunk) * 8 + r] = s;
       }
-      scales[(which * kSlices * a.slab + slice * a.slab + chunk) * 8 + r] =
-          make_float4(s[0], s[1], o[0], o[1]);
     }
     if (!waited) {
       wait_for_previous();
@@ -327,61 +346,67 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
     }
     // x of this slab: eight neighbours a thread, kUnit / 8 threads a unit.
     constexpr int kTeam = kUnit / 8;
-    const int items = a.n * units * kTeam;
+    const int units = kSlices * count, each = units * kTeam, items = a.n * each;
+    // Where an item's column, slice and chunk are; all slices are one run where the slab is whole.
+    auto place = [&](int i, int& column, int& unit, int& k) {
+      column = a.n == 1 ? 0 : i / each;
+      const int u = (i - column * each) / kTeam, slice = count == chunks ? 0 : u / count;
+      const int chunk = u - slice * count;
+      unit = slice * a.slab + chunk;
+      k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 8;
+    };
     constexpr int kBatch = 4;  // loads issued together
     for (int base = 0; base < items; base += kBatch * blockDim.x) {
       uint4 ahead[kBatch];
 #pragma unroll
       for (int b = 0; b < kBatch; b++) {
         const int i = base + b * blockDim.x + threadIdx.x;
-        const int unit = (i / kTeam) % units, column = i / kTeam / units;
-        const int slice = unit / count, chunk = unit - slice * count;
+        int column, unit, k;
+        place(i, column, unit, k);
         ahead[b] = make_uint4(0, 0, 0, 0);
         if (i < items)
           ahead[b] = __ldcg(reinterpret_cast<const uint4*>(
-              a.x + static_cast<int64_t>(column) * a.width + slice * bytes +
-              (begin + chunk) * kUnit + i % kTeam * 8));
+              a.x + static_cast<int64_t>(column) * a.width + k));
       }
 #pragma unroll
       for (int b = 0; b < kBatch; b++) {
-      if (base + b * static_cast<int>(blockDim.x) >= items) break;  // the whole block
-      const int i = base + b * blockDim.x + threadIdx.x;
-      const int inside = i % kTeam, unit = (i / kTeam) % units, column = i / kTeam / units;
-      const int slice = unit / count, chunk = unit - slice * count;
-      const int k = inside * 8;
-      const uint4 raw = ahead[b];
-      uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-      float v[8], sum = 0.0f;
+        if (base + b * static_cast<int>(blockDim.x) >= items) break;  // the whole block
+        const int i = base + b * blockDim.x + threadIdx.x;
+        int column, unit, k;
+        place(i, column, unit, k);
+        const uint4 raw = ahead[b];
+        uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+        float v[8], sum = 0.0f;
 #pragma unroll
-      for (int j = 0; j < 8; j++) v[j] = x_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
-      if constexpr (LEVELS != 0) {
-        float most = 0.0f;
+        for (int j = 0; j < 8; j++) v[j] = x_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
+        if constexpr (LEVELS != 0) {
+          float most = 0.0f;
 #pragma unroll
-        for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[j]));
+          for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[j]));
 #pragma unroll
-        for (int m = 1; m < kTeam; m *= 2) most = fmaxf(most, shuffle_xor(most, m));
-        const uint32_t exponent = min(max(__float_as_uint(most) >> 23, 16u), 253u);
-        const float up = __uint_as_float((268 - exponent) << 23);  // the largest to [2^14, 2^15)
+          for (int m = 1; m < kTeam; m *= 2) most = fmaxf(most, shuffle_xor(most, m));
+          const uint32_t exponent = min(max(__float_as_uint(most) >> 23, 16u), 253u);
+          const float up = __uint_as_float((268 - exponent) << 23);  // the largest to [2^14, 2^15)
 #pragma unroll
-        for (int j = 0; j < 4; j++)
-          w[j] = float_half(v[2 * j] * up) | static_cast<uint32_t>(float_half(v[2 * j + 1] * up)) << 16;
-        sum = __uint_as_float((exponent - 14) << 23);
-      } else {
+          for (int j = 0; j < 4; j++)
+            w[j] = float_half(v[2 * j] * up) | static_cast<uint32_t>(float_half(v[2 * j + 1] * up)) << 16;
+          sum = __uint_as_float((exponent - 14) << 23);
+        } else {
 #pragma unroll
-        for (int j = 0; j < 8; j++) sum += v[j];
+          for (int j = 0; j < 8; j++) sum += v[j];
 #pragma unroll
-        for (int m = 1; m < kTeam; m *= 2) sum += shuffle_xor(sum, m);
-      }
-      if (i < items) {
-        // Of four neighbours 0 1 2 3 the operand takes 0 2 (even bytes), then 1 3.
-        uint2* to = reinterpret_cast<uint2*>(xs + column * layout.x_stride +
-                                             (slice * a.slab + chunk) * kUnit + k);
+          for (int m = 1; m < kTeam; m *= 2) sum += shuffle_xor(sum, m);
+        }
+        if (i < items) {
+          // Of four neighbours 0 1 2 3 the operand takes 0 2 (even bytes), then 1 3.
+          uint2* to = reinterpret_cast<uint2*>(xs + column * layout.x_stride +
+                                               unit * kUnit + i % kTeam * 8);
 #pragma unroll
-        for (int j = 0; j < 2; j++)
-          to[j] = make_uint2((w[2 * j] & 0xffff) | w[2 * j + 1] << 16,
-                             w[2 * j] >> 16 | (w[2 * j + 1] & 0xffff0000u));
-        if (inside == 0) sums[(slice * a.slab + chunk) * kColumns + column] = sum;
-      }
+          for (int j = 0; j < 2; j++)
+            to[j] = make_uint2((w[2 * j] & 0xffff) | w[2 * j + 1] << 16,
+                               w[2 * j] >> 16 | (w[2 * j + 1] & 0xffff0000u));
+          if (i % kTeam == 0) sums[unit * kColumns + column] = sum;
+        }
       }
     }
     __syncthreads();
@@ -449,15 +474,15 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                 const float2 f =
                     *reinterpret_cast<const float2*>(sums + unit * kColumns + 8 * n + 2 * t);
                 if constexpr (LEVELS != 0) {
-                  total[n][0] += s.x * f.x * acc[n][0];
-                  total[n][1] += s.x * f.y * acc[n][1];
-                  total[n][2] += s.y * f.x * acc[n][2];
-                  total[n][3] += s.y * f.y * acc[n][3];
+                  total[n][0] = fmaf(s.x * f.x, acc[n][0], total[n][0]);
+                  total[n][1] = fmaf(s.x * f.y, acc[n][1], total[n][1]);
+                  total[n][2] = fmaf(s.y * f.x, acc[n][2], total[n][2]);
+                  total[n][3] = fmaf(s.y * f.y, acc[n][3], total[n][3]);
                 } else {
-                  total[n][0] += s.x * acc[n][0] - s.z * f.x;
-                  total[n][1] += s.x * acc[n][1] - s.z * f.y;
-                  total[n][2] += s.y * acc[n][2] - s.w * f.x;
-                  total[n][3] += s.y * acc[n][3] - s.w * f.y;
+                  total[n][0] = fmaf(s.x, acc[n][0], fmaf(s.z, f.x, total[n][0]));
+                  total[n][1] = fmaf(s.x, acc[n][1], fmaf(s.z, f.y, total[n][1]));
+                  total[n][2] = fmaf(s.y, acc[n][2], fmaf(s.w, f.x, total[n][2]));
+                  total[n][3] = fmaf(s.y, acc[n][3], fmaf(s.w, f.y, total[n][3]));
                 }
               }
             }

@@ -38,13 +38,18 @@ class _Args(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                *("out", "width", "groups", "group_size", "n", "y_stride"),
+                *("out", "width", "groups", "group_size", "group_shift", "n", "y_stride"),
                 *("scale_kind", "scale_bits", "scale_base"),
                 *("table_count", "selector_bits", "copies", "row_tiles", "slab"),
                 *("rank", "factor_bf16", "late"),
             )
         ),
     ]
+
+
+# Chunks in flight that are compiled for each width, the most first.
+_DEPTHS = {1: (4, 2, 1), 2: (4, 2, 1), 3: (2, 1), 4: (4, 2, 1), 5: (1,), 6: (2, 1), 7: (1,),
+           8: (4, 2, 1)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,8 @@ def multiply(
         args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
         args.sparse_starts = terms.starts.data_ptr()
     tiles = 1 if n <= 8 else 2
-    depth = (shape.depth or library.pliant_depth()) if tiles == 1 else 1
+    own = library.pliant_depth()
+    depth = 1 if tiles == 2 else own if vec < 16 else shape.depth or own
     args.row_tiles = shape.row_tiles
     _choose_slab(args, code, vec, tiles, depth, shape, library)
     status = library.pliant_decode(
@@ -139,10 +145,12 @@ def multiply(
 
 def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
     """How to cut the product with `n` rows of x: with many, blocks share x among more rows of W."""
-    chunks = code.width * PLANES[code.bit_width][-1] // 8 // (4 * max(vector_bytes(code), 4))
-    if n == 1:
-        return Shape(warps=8 if chunks >= 8 else 4)
-    return Shape(warps=16, row_tiles=2 if n <= 8 else 4)
+    low = PLANES[code.bit_width][-1]
+    chunks = code.width * low // 8 // (4 * max(vector_bytes(code), 4))
+    warps, tiles = (8, 1) if n == 1 else (16, 2) if n <= 8 else (16, 4)
+    # As many loads in flight as leave work for every warp.
+    depth = next((d for d in _DEPTHS[code.bit_width] if warps // tiles * d <= chunks), 1)
+    return Shape(warps, tiles, depth)
 
 
 def project(x: Tensor, b: Tensor, library: Any, stream: int, overlap: bool = True) -> Tensor:
@@ -203,6 +211,8 @@ def _stored(code: GroupInt | GroupLevels) -> _Args:
         args.scale_kind = 0 if scales.row_scale is None else 1
     args.out, args.width = code.shape
     args.groups, args.group_size = code.groups, code.group_size
+    size = code.group_size
+    args.group_shift = size.bit_length() - 1 if size & (size - 1) == 0 else -1
     args.copies = 1
     if isinstance(code, GroupInt):
         _point(args.zero_planes, code.zeros or ())
