@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pliant.codes import GroupInt, GroupLevels, Sparse
+from pliant.codes import Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum
+from pliant.kernels import gpu
 from pliant.kernels.cuda import build, decode
 from pliant.kernels.cuda.decode import Shape, Terms
 from tests.kernels.group_codes import Form, group_code
@@ -116,6 +119,31 @@ def test_other_terms_of_a_sum_are_added(folder: Path, n: int) -> None:
     weight = code.decode(torch.float64) + sparse.decode(torch.float64)
     exact = x.double() @ weight.t() + middle.double() @ a.double().t()
     assert error_in_roundings(y, exact) < 1.2
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("width", [1024, 8 * 1024 + 256])
+def test_a_sum_is_one_product(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, width: int
+) -> None:
+    """Through the function that is registered for GPUs: the projection, then all in one launch."""
+    torch.manual_seed(n)
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        kernel = library(3, False, False, folder)
+        monkeypatch.setattr(build, "library", lambda *_: kernel)
+        monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 1, 2))
+    low = LowRank(
+        Dense(torch.randn(21, 5).half()), Dense((torch.randn(5, width) * 0.03).bfloat16())
+    )
+    sparse = Sparse.from_dense(torch.randn(21, width) * (torch.rand(21, width) < 0.03))
+    extra = Dense(torch.randn(21, width) * 0.01)
+    code = Sum((group_code(Form(3, False, 64, 16, True), 21, width), low, sparse, extra)).to(DEVICE)
+    x = torch.randn(n, width + 8, device=DEVICE).bfloat16()[:, 8:]
+    y = gpu.total(x, code)
+    exact = x.double() @ code.decode(torch.float32).double().t()
+    assert error_in_roundings(y, exact) < 1.7  # the last part is added in x's dtype
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,8 @@
 #define __global__
 #define __forceinline__ inline
 #define __restrict__
+#define __shared__ static
+#define __launch_bounds__(...)
 using std::max;
 using std::min;
 
@@ -100,6 +102,7 @@ inline uint16_t float_brain(float f) {
   return (u + 0x7fff + (u >> 16 & 1)) >> 16;
 }
 template <typename T> T __ldcg(const T* p) { return *p; }
+template <typename T> T __ldg(const T* p) { return *p; }
 inline void wait_for_previous() {}
 inline void let_next_start() {}
 template <int VEC> void load_once(uint32_t* to, const uint8_t* from) {

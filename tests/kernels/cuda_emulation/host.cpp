@@ -15,6 +15,22 @@ static int launch(int warps) {
   for (int i = 0; i < blocks; i++) emulate::run_block(i, 32 * warps, body<VEC, TILES, DEPTH>);
   return 0;
 }
+static const uint16_t *project_x, *project_b;
+static float* project_middle;
+static int project_n, project_width, project_rank, project_bf16;
+extern "C" int pliant_project(const void* x, const void* b, void* middle, int n, int width,
+                              int rank, int b_bf16, int, void*) {
+  project_x = static_cast<const uint16_t*>(x);
+  project_b = static_cast<const uint16_t*>(b);
+  project_middle = static_cast<float*>(middle);
+  project_n = n, project_width = width, project_rank = rank, project_bf16 = b_bf16;
+  for (int i = 0; i < rank; i++)
+    emulate::run_block(i, 256, [] {
+      project(project_x, project_b, project_middle, project_n, project_width, project_rank,
+              project_bf16);
+    });
+  return 0;
+}
 extern "C" int pliant_shared(const Args* a, int vec, int tiles, int warps) {
   return layout_of(*a, vec, tiles, warps).total;
 }

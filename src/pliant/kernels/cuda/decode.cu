@@ -548,8 +548,6 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   }
 }
 
-#ifndef PLIANT_EMULATE
-
 // middle = x B^T for the few rows B [rank, width] of a low-rank term: a block a row of B. The kernel
 // launched next may start once x is there, to run beside this one.
 __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t* b, float* middle,
@@ -604,6 +602,8 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
     }
   }
 }
+
+#ifndef PLIANT_EMULATE
 
 // DEPTH loads of a chunk in flight a lane; more where a chunk is small.
 constexpr int kDepth = kSegments >= 5 ? 1 : kSegments >= 3 ? 2 : 4;
