@@ -180,6 +180,7 @@ def check_sum(library: Any) -> dict[str, Any]:
     """Low-rank and sparse terms in one launch."""
     stream = torch.cuda.current_stream().cuda_stream
     worst = 0.0
+    counters = torch.zeros(2, dtype=torch.int32, device="cuda")
     code = random_code(200, 1024, 4, 64)
     a = torch.randn(200, 24, device="cuda").half()
     b = (torch.randn(24, 1024, device="cuda") * 0.02).half()
@@ -188,13 +189,18 @@ def check_sum(library: Any) -> dict[str, Any]:
     weight = code.decode(torch.float64) + a.double() @ b.double() + sparse.decode(torch.float64)
     for n in (1, 3, 8, 16):
         x = random_x(n, 1024)
-        for overlap in (False, True):
-            middle = project(x, b, library, stream, overlap)
-            terms = Terms(a, middle, *sparse_terms(sparse), late=True)
+        for overlap, fused_ in product((False, True), (False, True)):
+            if fused_:
+                terms = Terms(a, torch.full((n, 24), torch.nan, device="cuda"),
+                              *sparse_terms(sparse), b=b, counters=counters)  # fmt: skip
+            else:
+                middle = project(x, b, library, stream, overlap)
+                terms = Terms(a, middle, *sparse_terms(sparse), late=True)
             y = multiply(x, code, library, stream, Shape(overlap=overlap), terms)
             error, rounding = disagreement(y, x, weight)
             worst = max(worst, error / rounding)
-            assert worst < 1.2, (n, overlap, worst)
+            assert worst < 1.2, (n, overlap, fused_, worst)
+            assert not counters.any()
     return {"worst_in_roundings": worst}
 
 
@@ -534,11 +540,19 @@ def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[st
         for _ in codes
     ]
 
-    def terms(i: int, x: Tensor, stream: int) -> Terms:
+    counters = torch.zeros(2, dtype=torch.int32, device="cuda")
+    middle = torch.empty(1, 32, device="cuda")
+
+    def together(i: int, x: Tensor, stream: int) -> Terms:
+        a, b = factors[i]
+        return Terms(a, middle, b=b, counters=counters)
+
+    def before(i: int, x: Tensor, stream: int) -> Terms:
         a, b = factors[i]
         return Terms(a, project(x, b, library, stream), late=True)
 
-    row = time_code(codes, 1, library, terms)
+    row = time_code(codes, 1, library, together)
+    row["us_two_launches"] = time_code(codes, 1, library, before)["us"]
     alone = results.rows.get(f"decode int4 {out}x{width}", {}).get("us")
     return row | ({"slower": row["us"] / alone - 1} if alone else {})
 

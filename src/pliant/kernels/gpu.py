@@ -8,6 +8,7 @@ Triton, or where gradients are asked for, the reference does.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -26,7 +27,6 @@ from pliant.kernels.cuda.decode import (
     Terms,
     choose_shape,
     multiply,
-    project,
     sparse_terms,
     vector_bytes,
 )
@@ -73,11 +73,14 @@ def total(x: Tensor, code: Code) -> Tensor:
     x = _aligned(x)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        middle = factor = None
-        if low is not None and isinstance(low.a, Dense) and isinstance(low.b, Dense):
-            factor, middle = low.a.values, project(x, low.b.values, library, stream)
         values, columns, starts = (None,) * 3 if sparse is None else _entries(sparse)
-        terms = Terms(factor, middle, values, columns, starts, late=middle is not None)
+        terms = Terms(values=values, columns=columns, starts=starts)
+        if low is not None and isinstance(low.a, Dense) and isinstance(low.b, Dense):
+            middle = torch.empty(len(x), low.rank, device=x.device)
+            counters = _counters(x.device, stream)
+            terms = replace(
+                terms, factor=low.a.values, middle=middle, b=low.b.values, counters=counters
+            )
         y = multiply(x, base, library, stream, choose_shape(base, len(x)), terms)
     for part in rest:
         y += matmul(x, part)
@@ -134,6 +137,12 @@ def _library(x: Tensor, code: GroupInt | GroupLevels) -> Any:
 def _aligned(x: Tensor) -> Tensor:
     x = x.contiguous()
     return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Where the blocks of a launch count what they have done: zero between launches."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 @cache

@@ -30,7 +30,7 @@ inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-inline Index threadIdx, blockIdx, blockDim;
+inline Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulate {
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done = true; };
@@ -103,6 +103,9 @@ inline uint16_t float_brain(float f) {
 }
 template <typename T> T __ldcg(const T* p) { return *p; }
 template <typename T> T __ldg(const T* p) { return *p; }
+inline int atomicAdd(int32_t* p, int v) { const int old = *p; *p += v; return old; }
+inline void __threadfence() {}
+inline void pause() { fprintf(stderr, "blocks run in turn: this would wait forever\n"); abort(); }
 inline void wait_for_previous() {}
 inline void let_next_start() {}
 template <int VEC> void load_once(uint32_t* to, const uint8_t* from) {

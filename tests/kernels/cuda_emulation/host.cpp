@@ -11,7 +11,9 @@ static void body() { decode_block<VEC, TILES, DEPTH>(args, memory.data()); }
 template <int VEC, int TILES, int DEPTH>
 static int launch(int warps) {
   memory.assign(layout_of(args, VEC, TILES, warps).total, 0x7f);  // shared memory comes unset
-  const int blocks = (args.out + 16 * args.row_tiles - 1) / (16 * args.row_tiles);
+  const int blocks =
+      projection_blocks(args) + (args.out + 16 * args.row_tiles - 1) / (16 * args.row_tiles);
+  gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int i = 0; i < blocks; i++) emulate::run_block(i, 32 * warps, body<VEC, TILES, DEPTH>);
   return 0;
 }

@@ -47,7 +47,9 @@ struct Args {
   const uint16_t* x;               // [n, width] contiguous
   void* y;                         // [n, out]
   const uint16_t* factor;          // A of a low-rank term, [out, rank], or null
-  const float* middle;             // B x of that term, [n, rank]
+  float* middle;                   // B x of that term, [n, rank]: given, or made by the first blocks
+  const uint16_t* projection;      // B [rank, width] for them, or null
+  int32_t* counters;               // two, zero: blocks that have made their part of it, blocks done
   const uint16_t* sparse_values;   // fp16 [nnz] or null
   const int32_t* sparse_columns;   // [nnz]
   const int32_t* sparse_starts;    // [out + 1]
@@ -58,7 +60,7 @@ struct Args {
   int32_t table_count, selector_bits, copies;  // copies: of the table, a power of two up to 32
   int32_t row_tiles;                           // of 16 rows, in a block
   int32_t slab;                                // chunks of x in shared memory at once
-  int32_t rank, factor_bf16;
+  int32_t rank, factor_bf16, projection_bf16;
   int32_t late;  // wait for the previous kernel only before the low-rank term
 };
 
@@ -102,6 +104,7 @@ __device__ __forceinline__ void let_next_start() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+__device__ __forceinline__ void pause() { __nanosleep(40); }
 template <int VEC>
 __device__ __forceinline__ void load_once(uint32_t* to, const uint8_t* from) {
   if constexpr (VEC == 16)
@@ -222,6 +225,88 @@ __device__ __forceinline__ uint32_t index_of(const uint32_t* words) {
   return (v | v >> (16 - BITS)) & ((1u << 2 * BITS) - 1);
 }
 
+// ---- a low-rank term ---------------------------------------------------------------------------
+
+constexpr int kRankRows = 2;  // rows of B that a block multiplies
+
+__host__ __device__ inline int projection_blocks(const Args& a) {
+  return a.projection ? (a.rank + kRankRows - 1) / kRankRows : 0;
+}
+
+// middle = x B^T for this block's rows of B. Blocks start in the order of their index, so these are
+// at work or done when another waits for them.
+__device__ __forceinline__ void project_block(const Args& a, float* parts) {
+  constexpr int kAhead = 2;
+  const int threads = blockDim.x, warps = threads / 32;
+  const uint16_t* rows[kRankRows];
+  uint4 ahead[kRankRows][kAhead];
+#pragma unroll
+  for (int r = 0; r < kRankRows; r++) {
+    const int row = min(static_cast<int>(blockIdx.x) * kRankRows + r, a.rank - 1);
+    rows[r] = a.projection + static_cast<int64_t>(row) * a.width;
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      const int k = (i * threads + threadIdx.x) * 8;
+      ahead[r][i] = make_uint4(0, 0, 0, 0);
+      if (k < a.width) ahead[r][i] = __ldg(reinterpret_cast<const uint4*>(rows[r] + k));
+    }
+  }
+  wait_for_previous();
+  for (int column = 0; column < a.n; column++) {
+    float sum[kRankRows] = {};
+    auto add = [&](const uint4& given, float& to, const uint4& seen) {
+      const uint32_t w[4] = {given.x, given.y, given.z, given.w};
+      const uint32_t v[4] = {seen.x, seen.y, seen.z, seen.w};
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        const uint16_t u = w[j / 2] >> (j % 2 * 16) & 0xffff;
+        to = fmaf(a.projection_bf16 ? brain_float(u) : half_float(u),
+                  x_float(v[j / 2] >> (j % 2 * 16) & 0xffff), to);
+      }
+    };
+    const uint16_t* x = a.x + static_cast<int64_t>(column) * a.width;
+#pragma unroll
+    for (int i = 0; i < kAhead; i++) {
+      const int k = (i * threads + threadIdx.x) * 8;
+      if (k >= a.width) break;
+      const uint4 seen = __ldcg(reinterpret_cast<const uint4*>(x + k));
+#pragma unroll
+      for (int r = 0; r < kRankRows; r++) add(ahead[r][i], sum[r], seen);
+    }
+    for (int k = (kAhead * threads + threadIdx.x) * 8; k < a.width; k += threads * 8) {
+      const uint4 seen = __ldcg(reinterpret_cast<const uint4*>(x + k));
+#pragma unroll
+      for (int r = 0; r < kRankRows; r++)
+        add(__ldg(reinterpret_cast<const uint4*>(rows[r] + k)), sum[r], seen);
+    }
+#pragma unroll
+    for (int r = 0; r < kRankRows; r++) {
+#pragma unroll
+      for (int m = 16; m; m /= 2) sum[r] += shuffle_xor(sum[r], m);
+      if (threadIdx.x % 32 == 0) parts[(column * kRankRows + r) * warps + threadIdx.x / 32] = sum[r];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < a.n * kRankRows; i += threads) {
+    const int row = blockIdx.x * kRankRows + i % kRankRows;
+    float sum = 0.0f;
+    for (int w = 0; w < warps; w++) sum += parts[i * warps + w];
+    if (row < a.rank) a.middle[i / kRankRows * a.rank + row] = sum;
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) atomicAdd(a.counters, 1);
+}
+
+// The last block to end leaves the counters as it found them.
+__device__ __forceinline__ void count_done(const Args& a) {
+  if (threadIdx.x == 0 && atomicAdd(a.counters + 1, 1) == static_cast<int>(gridDim.x) - 1) {
+    a.counters[0] = 0;
+    a.counters[1] = 0;
+    __threadfence();
+  }
+}
+
 // ---- the kernel --------------------------------------------------------------------------------
 
 // Bytes of each part of shared memory; `decode_shared` and the kernel agree through this.
@@ -238,7 +323,7 @@ __host__ __device__ inline Layout layout_of(const Args& a, int vec, int tiles, i
   l.table_bytes = LEVELS ? a.table_count * (1 << 2 * BITS) * a.copies * 4 : 0;
   // After the loop the partial sums of all warps take the place of x.
   const int partial = (warps + a.row_tiles) * 16 * columns * 4;
-  if (l.x_bytes < partial) l.x_bytes = partial;
+  if (l.x_bytes < partial) l.x_bytes = partial;  // (more than project_block takes)
   l.total = l.x_bytes + l.sum_bytes + l.scale_bytes + l.table_bytes;
   return l;
 }
@@ -259,7 +344,14 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                                                 layout.scale_bytes);
   const int bytes = a.width * kLow / 8;  // of a row of the narrowest plane
   const int chunks = bytes / kUnit;
-  const int first_row = blockIdx.x * 16 * a.row_tiles;
+  const int before = projection_blocks(a);
+  if (static_cast<int>(blockIdx.x) < before) {
+    let_next_start();
+    project_block(a, reinterpret_cast<float*>(shared));
+    count_done(a);
+    return;
+  }
+  const int first_row = (blockIdx.x - before) * 16 * a.row_tiles;
 
   // This lane's places in the rows `quad` and `quad + 8` of its tile.
   const uint8_t* from[2][kPlaneCount];
@@ -515,6 +607,12 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   const int outputs = 16 * a.row_tiles * a.n;
   if (more) {
     if (a.late) wait_for_previous();
+    if (before) {
+      if (threadIdx.x == 0)
+        while (*static_cast<volatile int32_t*>(a.counters) < before) pause();
+      __syncthreads();
+      __threadfence();
+    }
     for (int base = 0; base < outputs * 8; base += blockDim.x) {
       const int i = base + threadIdx.x, team = i % 8, output = i / 8;
       const int column = output % a.n, r = output / a.n, row = first_row + r;
@@ -546,6 +644,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
       sum += partial[(p * a.row_tiles + r / 16) * kColumns * 16 + place];
     reinterpret_cast<uint16_t*>(a.y)[static_cast<int64_t>(column) * a.y_stride + row] = float_x(sum);
   }
+  if (before) count_done(a);
 }
 
 // middle = x B^T for the few rows B [rank, width] of a low-rank term: a block a row of B. The kernel
@@ -641,7 +740,8 @@ static int launch(const Args& a, int warps, bool overlap, cudaStream_t stream) {
     if (error != cudaSuccess) return error;
     allowed = bytes;
   }
-  const int blocks = (a.out + 16 * a.row_tiles - 1) / (16 * a.row_tiles);
+  const int blocks =
+      projection_blocks(a) + (a.out + 16 * a.row_tiles - 1) / (16 * a.row_tiles);
   return start(decode<VEC, TILES, DEPTH, RESIDENT>, blocks, 32 * warps, bytes, overlap, stream, a);
 }
 

@@ -31,7 +31,7 @@ class _Args(ctypes.Structure):
         *(
             (name, ctypes.c_void_p)
             for name in (
-                *("row_scale", "tables", "x", "y", "factor", "middle"),
+                *("row_scale", "tables", "x", "y", "factor", "middle", "projection", "counters"),
                 *("sparse_values", "sparse_columns", "sparse_starts"),
             )
         ),
@@ -41,7 +41,7 @@ class _Args(ctypes.Structure):
                 *("out", "width", "groups", "group_size", "group_shift", "n", "y_stride"),
                 *("scale_kind", "scale_bits", "scale_base"),
                 *("table_count", "selector_bits", "copies", "row_tiles", "slab"),
-                *("rank", "factor_bf16", "late"),
+                *("rank", "factor_bf16", "projection_bf16", "late"),
             )
         ),
     ]
@@ -73,7 +73,9 @@ class Shape:
 class Terms:
     """What is added in the same launch: A (B x), and a sparse matrix.
 
-    middle: B x, float32 [n, rank], which a kernel before has written or is writing.
+    middle: B x, float32 [n, rank], which a kernel before has written or is writing; or, with B, its
+    place: the launch's own first blocks write it, counted in two int32 that are zero between
+    launches and that no other stream uses.
     """
 
     factor: Tensor | None = None  # A [out, rank], fp16 or bf16
@@ -82,6 +84,8 @@ class Terms:
     columns: Tensor | None = None  # int32 [nnz]
     starts: Tensor | None = None  # int32 [out + 1]
     late: bool = False  # `middle` alone comes from the kernel before; all else was there earlier
+    b: Tensor | None = None  # B [rank, in], fp16 or bf16
+    counters: Tensor | None = None
 
 
 def vector_bytes(code: Code) -> int:
@@ -125,6 +129,9 @@ def multiply(
         args.factor, args.middle = terms.factor.data_ptr(), terms.middle.data_ptr()
         args.rank, args.late = terms.factor.shape[1], terms.late
         args.factor_bf16 = terms.factor.dtype == torch.bfloat16
+    if terms.b is not None and terms.counters is not None:
+        args.projection, args.counters = terms.b.data_ptr(), terms.counters.data_ptr()
+        args.projection_bf16 = terms.b.dtype == torch.bfloat16
     if terms.values is not None and terms.columns is not None and terms.starts is not None:
         args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
         args.sparse_starts = terms.starts.data_ptr()
