@@ -442,7 +442,7 @@ def main() -> None:
     def timed(
         out: int, width: int, n: int, bits: int, levels: bool = False, packed: bool = False
     ) -> dict[str, Any]:
-        library = libraries[bits, levels, False].result()
+        library = libraries[bits, levels, False, False].result()
         group = 64 if packed else 128
         one = random_code(out, width, bits, group, levels=levels, packed=packed)
         more = range(distinct_of(one.nbytes) - 1)
@@ -456,7 +456,7 @@ def main() -> None:
         }  # fmt: skip
 
     def check_half(bits: int) -> dict[str, Any]:
-        return check(bits, False, torch.float16, libraries[bits, False, True].result())
+        return check(bits, False, torch.float16, libraries[bits, False, True, False].result())
 
     copy["gbs"] = copy_speed()
     torch.cuda.empty_cache()
@@ -468,9 +468,11 @@ def main() -> None:
         kind = "levels" if levels else "int"
         run(
             f"check {kind}{bits} bf16",
-            lambda b=bits, v=levels: check(b, v, torch.bfloat16, libraries[b, v, False].result()),
+            lambda b=bits, v=levels: check(
+                b, v, torch.bfloat16, libraries[b, v, False, False].result()
+            ),
         )
-    run("check sum", lambda: check_sum(libraries[4, False, False].result()))
+    run("check sum", lambda: check_sum(libraries[4, False, False, True].result()))
     for bits, (out, width) in product((4, 2, 3, 8), SHAPES):
         run(f"decode int{bits} {out}x{width}", lambda b=bits, o=out, w=width: timed(o, w, 1, b))
     for out, width in SHAPES:
@@ -514,24 +516,24 @@ def main() -> None:
 _KERNELS = [(b, False) for b in (4, 2, 3, 8, 1, 5, 6)] + [(b, True) for b in (4, 3, 2)]
 
 
-def _libraries(half: bool) -> dict[tuple[int, bool, bool], Any]:
+def _libraries(half: bool) -> dict[tuple[int, bool, bool, bool], Any]:
     """Futures of the compiled kernels, built side by side."""
-    wanted = [(b, v, False) for b, v in _KERNELS]
-    wanted += [(b, False, True) for b in (4, 8, 2)] if half else []
+    wanted = [(4, False, False, True), *((b, v, False, False) for b, v in _KERNELS)]
+    wanted += [(b, False, True, False) for b in (4, 8, 2)] if half else []
     pool = ThreadPoolExecutor(os.cpu_count())
     build.compiler(), torch.cuda.get_device_capability()
     return {key: pool.submit(_library, *key) for key in wanted}
 
 
-def _library(bits: int, levels: bool, half: bool) -> Any:
-    library = build.library(bits, levels, half)
+def _library(bits: int, levels: bool, half: bool, terms: bool) -> Any:
+    library = build.library(bits, levels, half, terms)
     if library is None:
         raise RuntimeError(f"no kernel for {bits} bits")
     return library
 
 
 def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[str, Any]:
-    library = libraries[4, False, False].result()
+    library = libraries[4, False, False, True].result()
     one = random_code(out, width, 4, 128)
     count = distinct_of(one.nbytes)
     codes = [one, *(random_code(out, width, 4, 128) for _ in range(count - 1))]

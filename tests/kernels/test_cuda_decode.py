@@ -41,11 +41,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def library(bits: int, levels: bool, half: bool, folder: Path) -> Any:
+def library(bits: int, levels: bool, half: bool, folder: Path, terms: bool = False) -> Any:
     if GPU:
-        return build.library(bits, levels, half)
-    target = folder / f"{bits}{levels:d}{half:d}.so"
-    macros = [f"-DBITS={bits}", f"-DLEVELS={levels:d}", f"-DHALF={half:d}"]
+        return build.library(bits, levels, half, terms)
+    target = folder / f"{bits}{levels:d}{half:d}{terms:d}.so"
+    macros = [f"-DBITS={bits}", f"-DLEVELS={levels:d}", f"-DHALF={half:d}", f"-DTERMS={terms:d}"]
     includes = [f"-I{HERE}", f"-I{Path(decode.__file__).parent}"]
     flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *macros, *includes]
     command = ["g++", *flags, str(HERE / "host.cpp"), "-o", str(target)]
@@ -109,7 +109,7 @@ def test_other_terms_of_a_sum_are_added(folder: Path, n: int) -> None:
     torch.manual_seed(n)
     code = group_code(Form(3, False, 64, 16, False), 37, 1024).to(DEVICE)
     assert isinstance(code, GroupInt)
-    kernel = library(3, False, False, folder)
+    kernel = library(3, False, False, folder, True)
     a, middle = torch.randn(37, 11, device=DEVICE).half(), torch.randn(n, 11, device=DEVICE)
     dense = torch.randn(37, 1024) * (torch.rand(37, 1024) < 0.03)
     sparse = Sparse.from_dense(dense.to(DEVICE))
@@ -131,7 +131,7 @@ def test_a_sum_is_one_product(
     if not GPU:
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        kernel = library(3, False, False, folder)
+        kernel = library(3, False, False, folder, True)
         monkeypatch.setattr(build, "library", lambda *_: kernel)
         monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 1, 2))
     low = LowRank(

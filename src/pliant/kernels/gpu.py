@@ -66,7 +66,7 @@ def total(x: Tensor, code: Code) -> Tensor:
     """A group code with a low-rank and a sparse term added in its launch; other sums by parts."""
     assert isinstance(code, Sum)
     base, low, sparse, rest = _split(code)
-    library = None if base is None else _library(x, base)
+    library = None if base is None else _library(x, base, terms=bool(low or sparse))
     wants_grad = torch.is_grad_enabled() and x.requires_grad
     if base is None or library is None or wants_grad or rounded(x, base) is not x:
         return reference.total(x, code)
@@ -124,14 +124,14 @@ def _entries(code: Sparse) -> tuple[Tensor, Tensor, Tensor]:
     return _ENTRIES[code]
 
 
-def _library(x: Tensor, code: GroupInt | GroupLevels) -> Any:
+def _library(x: Tensor, code: GroupInt | GroupLevels, terms: bool = False) -> Any:
     """The CUDA kernel for this product, or None where it has none."""
     if len(x) > MOST_ROWS or x.dtype not in (torch.float16, torch.bfloat16):
         return None
     if not vector_bytes(code):
         return None
     levels = isinstance(code, GroupLevels)
-    return build.library(code.bit_width, levels, x.dtype == torch.float16)
+    return build.library(code.bit_width, levels, x.dtype == torch.float16, terms)
 
 
 def _aligned(x: Tensor) -> Tensor:

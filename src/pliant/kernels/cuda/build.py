@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -31,10 +32,11 @@ def compiler() -> str | None:
 
 
 @cache
-def library(bits: int, levels: bool, half: bool) -> ctypes.CDLL | None:
+def library(bits: int, levels: bool, half: bool, terms: bool = False) -> ctypes.CDLL | None:
     """The decode kernel of one width; None, with a line in the log, where it cannot be built.
 
-    levels: for GroupLevels instead of GroupInt. half: x is fp16 instead of bf16.
+    levels: for GroupLevels instead of GroupInt. half: x is fp16 instead of bf16. terms: it also
+    adds what `Terms` holds.
     """
     nvcc = compiler()
     if nvcc is None:
@@ -45,18 +47,19 @@ def library(bits: int, levels: bool, half: bool) -> ctypes.CDLL | None:
         _say_once("the CUDA kernels need compute capability 8.0 or more")
         return None
     try:
-        return ctypes.CDLL(str(compiled(nvcc, bits, levels, half, f"{major}{minor}")))
+        macros = {"BITS": bits, "LEVELS": levels, "HALF": half, "TERMS": terms}
+        return ctypes.CDLL(str(compiled(nvcc, macros, f"{major}{minor}")))
     except (OSError, subprocess.SubprocessError) as error:
         _say_once(f"nvcc could not build the decode kernel ({error}): using the Triton kernels")
         return None
 
 
-def compiled(nvcc: str, bits: int, levels: bool, half: bool, capability: str) -> Path:
+def compiled(nvcc: str, macros: Mapping[str, int], capability: str) -> Path:
     """The shared library, built unless the cache has it."""
     flags = [
         *("-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC"),
         f"-gencode=arch=compute_{capability},code=sm_{capability}",
-        *(f"-DBITS={bits}", f"-DLEVELS={int(levels)}", f"-DHALF={int(half)}"),
+        *(f"-D{name}={int(value)}" for name, value in macros.items()),
     ]
     source = _SOURCE.read_bytes()
     key = hashlib.sha256(source + " ".join([nvcc, *flags]).encode()).hexdigest()[:16]

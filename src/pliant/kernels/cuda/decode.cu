@@ -17,7 +17,8 @@
 // Ideas: Marlin (mma with dequantised A in registers, lop3), FasterTransformer / "Who says
 // elephants can't run" (magic numbers), FLUTE (duplicated tables of pairs).
 //
-// Compiled once for each BITS (1 to 8), LEVELS (0, 1) and HALF (x is fp16, else bf16).
+// Compiled once for each BITS (1 to 8), LEVELS (0, 1), HALF (x is fp16, else bf16) and TERMS (1: with
+// the other terms of a sum, which cost registers).
 
 #ifdef PLIANT_EMULATE
 #include "emulate.h"
@@ -25,7 +26,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
-#define SYNC_WARP() __syncwarp()
 #endif
 
 #ifndef BITS
@@ -36,6 +36,10 @@
 #endif
 #ifndef HALF
 #define HALF 0
+#endif
+
+#ifndef TERMS
+#define TERMS 0
 #endif
 
 struct Args {
@@ -230,7 +234,7 @@ __device__ __forceinline__ uint32_t index_of(const uint32_t* words) {
 constexpr int kRankRows = 2;  // rows of B that a block multiplies
 
 __host__ __device__ inline int projection_blocks(const Args& a) {
-  return a.projection ? (a.rank + kRankRows - 1) / kRankRows : 0;
+  return TERMS && a.projection ? (a.rank + kRankRows - 1) / kRankRows : 0;
 }
 
 // middle = x B^T for this block's rows of B. Blocks start in the order of their index, so these are
@@ -603,7 +607,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
     for (int j = 0; j < 4; j++)
       partial[(warp * kColumns + 8 * n + 2 * t + j % 2) * 16 + quad + 8 * (j / 2)] = total[n][j];
   float* terms = partial + warps * kColumns * 16;
-  const bool more = a.factor || a.sparse_values;
+  const bool more = TERMS && (a.factor || a.sparse_values);
   const int outputs = 16 * a.row_tiles * a.n;
   if (more) {
     if (a.late) wait_for_previous();

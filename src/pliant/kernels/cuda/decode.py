@@ -119,7 +119,10 @@ def multiply(
     terms: Terms = Terms(),
     y: Tensor | None = None,  # [n, out], to write
 ) -> Tensor:
-    """x times the transpose of `code` and of `terms`, [n, out] in x.dtype. `vector_bytes` > 0."""
+    """x times the transpose of `code` and of `terms`, [n, out] in x.dtype. `vector_bytes` > 0.
+
+    library: `build.library` of the code's form, with terms where there are any.
+    """
     n, out = x.shape[0], code.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device) if y is None else y
     vec = vector_bytes(code)
