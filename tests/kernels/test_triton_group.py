@@ -14,6 +14,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from pliant.codes import GroupInt, GroupLevels, power_scales, quantize_scales
+from pliant.kernels import gpu, reference
 from pliant.kernels.triton import group
 from tests.kernels.group_codes import Form, forms, group_code
 
@@ -76,3 +77,22 @@ def test_scales_that_are_powers_of_two() -> None:
     x = torch.randn(2, 90, device=DEVICE)
     y = group.multiply(x, code.to(DEVICE), TILE)  # type: ignore[arg-type]
     assert relative(y, x.double() @ code.decode(torch.float64).t().to(DEVICE)) < 1e-6
+
+
+@pytest.mark.parametrize("n", [1, 3, 70])
+@pytest.mark.parametrize("scratch", [2**28, 5000])
+def test_what_is_registered_for_gpus(monkeypatch: pytest.MonkeyPatch, n: int, scratch: int) -> None:
+    """Few rows decoded on the way, many decoded first, a tile of rows at a time."""
+    monkeypatch.setattr(reference, "SCRATCH", scratch)
+    monkeypatch.setattr(reference, "GPU_SCRATCH", scratch)
+    code = group_code(Form(3, False, 32, 16, True), 37, 70).to(DEVICE)
+    x = torch.randn(n, 70, device=DEVICE)
+    y = gpu.group(x, code)
+    assert relative(y, x.double() @ code.decode(torch.float64).t()) < 1e-6
+
+
+def test_gradients_pass_through() -> None:
+    code = group_code(Form(4, False, 32, 16, False), 9, 40).to(DEVICE)
+    x = torch.randn(2, 40, device=DEVICE, requires_grad=True)
+    gpu.group(x, code).sum().backward()
+    torch.testing.assert_close(x.grad, code.decode().sum(0).expand(2, -1))

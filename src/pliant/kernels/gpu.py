@@ -1,9 +1,11 @@
 """Products on a GPU: the fastest kernel that a group code, its batch and the machine allow.
 
-Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the correction of a Sum added in it.
-Up to 64: the Triton kernel. More (prefill): decoded and multiplied by the vendor's library, or the
-Triton kernel where that is measured to be faster. Without nvcc the Triton kernel takes all; without
-Triton, or where gradients are asked for, the reference does.
+Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the low-rank and sparse terms of a Sum
+added in it. Up to 64: the Triton kernel. More (prefill): decoded by one Triton kernel, a bounded
+number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
+take all; without Triton, or where gradients are asked for, the reference does.
+
+All read the bytes as they are stored. A sparse term costs 4 bytes a row and up to 3 a value more.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def group(x: Tensor, code: Code) -> Tensor:
             return multiply(x, code, library, stream, choose_shape(code, len(x)))
     from pliant.kernels.triton import group as triton_group
 
-    if len(x) <= _FEW or x.dtype == torch.float32:
+    if len(x) <= _FEW:
         return triton_group.multiply(x, code)
     tiles = list(reference.row_tiles(x, code))
     if len(tiles) == 1:
