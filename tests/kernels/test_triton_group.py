@@ -53,11 +53,19 @@ def test_product_is_that_of_the_decoded_matrix(
 
 
 @settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
-@given(form=forms(), out=st.integers(1, 40), width=st.integers(1, 90), first=st.integers(0, 40))
-def test_decoded_rows_are_those_of_the_code(form: Form, out: int, width: int, first: int) -> None:
+@given(
+    form=forms(),
+    out=st.integers(1, 40),
+    width=st.integers(1, 90),
+    first=st.integers(0, 40),
+    count=st.integers(0, 40),
+)
+def test_decoded_rows_are_those_of_the_code(
+    form: Form, out: int, width: int, first: int, count: int
+) -> None:
     code = group_code(form, out, width).to(DEVICE)
     assert isinstance(code, GroupInt | GroupLevels)
-    rows = slice(first, None)
+    rows = slice(first, first + count)
     decoded = group.decode(code, torch.float32, rows)
     torch.testing.assert_close(decoded, code.rows(rows), rtol=1e-6, atol=0)
 

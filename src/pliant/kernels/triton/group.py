@@ -119,7 +119,7 @@ def _multiply(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decode(  # type: ignore[no-untyped-def]
-    matrix, first, size,
+    matrix, first, last, size,
     out, width, groups, group_size,
     q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
     BITS: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr, SCALE_BITS: tl.constexpr,
@@ -135,7 +135,7 @@ def _decode(  # type: ignore[no-untyped-def]
             q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
             BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
         )  # fmt: skip
-        kept = (row < out)[:, None] & ((byte < size) & (k < width))[None, :]
+        kept = (row < last)[:, None] & ((byte < size) & (k < width))[None, :]
         places = matrix + (row - first).to(tl.int64)[:, None] * width + k[None, :]
         tl.store(places, w.to(matrix.dtype.element_ty), mask=kept)
 
@@ -180,7 +180,7 @@ def decode(
         grid = (triton.cdiv(matrix.shape[0], tall), triton.cdiv(size, inputs))
         with _on(matrix):
             _decode[grid](
-                matrix, first, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
+                matrix, first, last, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
             )
     return matrix
 
