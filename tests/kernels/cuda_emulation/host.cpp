@@ -10,11 +10,14 @@ static void body() { decode_block<VEC, TILES, DEPTH>(args, memory.data()); }
 
 template <int VEC, int TILES, int DEPTH>
 static int launch(int warps) {
-  memory.assign(layout_of(args, VEC, TILES, warps).total, 0x7f);  // shared memory comes unset
+  const size_t size = layout_of(args, VEC, TILES, warps).total;
+  memory.assign(size + 4096, 0x7f);  // shared memory comes unset; what lies beyond must stay
   const int blocks =
       projection_blocks(args) + (args.out + 16 * args.row_tiles - 1) / (16 * args.row_tiles);
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int i = 0; i < blocks; i++) emulate::run_block(i, 32 * warps, body<VEC, TILES, DEPTH>);
+  for (size_t i = size; i < memory.size(); i++)
+    if (memory[i] != 0x7f) return -2;
   return 0;
 }
 static const uint16_t *project_x, *project_b;

@@ -154,7 +154,9 @@ def multiply(
         return y
     if not code.width:
         return y.zero_()
-    rows, columns, inputs = tile or ((32, 16, 64) if n <= 16 else (128, 128, 64))
+    if tile is None:  # few rows of x: many programs, each of few rows of W
+        tile = (32, 16, 64) if n <= 16 else (32, 64, 64) if n <= 64 else (128, 128, 64)
+    rows, columns, inputs = tile
     grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
     with _on(x):
         _multiply[grid](
