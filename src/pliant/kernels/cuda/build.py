@@ -62,7 +62,7 @@ def compiled(nvcc: str, macros: Mapping[str, int], capability: str) -> Path:
         *(f"-D{name}={int(value)}" for name, value in macros.items()),
     ]
     source = _SOURCE.read_bytes()
-    key = hashlib.sha256(source + " ".join([nvcc, *flags]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(source + " ".join(flags).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("PLIANT_KERNEL_CACHE", Path.home() / ".cache/pliant/kernels"))
     target = folder / f"decode-{key}.so"
     if not target.exists():
