@@ -34,7 +34,7 @@ GPU_SCRATCH = 2**28  # on a GPU, where a launch costs as much as decoding some 1
 def by_row_tiles(x: Tensor, code: Code) -> Tensor:
     """Decode a tile of rows, multiply, forget it: the matrix is never whole in memory."""
     y = x.new_empty(x.shape[0], code.shape[0])
-    for tile in _tiles(x, code):
+    for tile in row_tiles(x, code):
         y[:, tile] = F.linear(x, code.rows(tile, x.dtype))
     return y
 
@@ -45,14 +45,14 @@ def group_int(x: Tensor, code: Code) -> Tensor:
     assert isinstance(code, GroupInt)
     y = x.new_empty(x.shape[0], code.shape[0])
     room: Tensor | None = None
-    for tile in _tiles(x, code):
+    for tile in row_tiles(x, code):
         rows = tile.stop - tile.start
         room = x.new_empty(rows, code.width) if room is None else room[:rows]
         y[:, tile] = F.linear(x, code.rows_into(room, tile))
     return y
 
 
-def _tiles(x: Tensor, code: Code) -> Iterator[slice]:
+def row_tiles(x: Tensor, code: Code) -> Iterator[slice]:
     out, width = code.shape
     scratch = SCRATCH if x.device.type == "cpu" else GPU_SCRATCH
     step = max(1, scratch // max(width * x.element_size(), 1))
@@ -118,7 +118,7 @@ def signed(x: Tensor, code: Code) -> Tensor:
     a, b = inner.a.decode(), inner.b.decode()
     spread = (x.float()[:, None, :] * b).flatten(0, 1)  # [n rank, in]
     y = torch.empty(x.shape[0], code.shape[0], device=x.device)
-    for tile in _tiles(spread, code):
+    for tile in row_tiles(spread, code):
         seen = F.linear(spread, code.sign_rows(tile)).view(x.shape[0], inner.rank, -1)
         y[:, tile] = (seen * a[tile].t()).sum(1)
     return y.to(x.dtype)

@@ -1,0 +1,250 @@
+"""Decode: a few rows of x times a group code, straight from its stored bytes, in one launch.
+
+Which codes the CUDA kernel takes, how it cuts the work, and the call. See decode.cu.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from pliant.codes import Code, GroupInt, GroupLevels, PowerScales, Sparse
+from pliant.codes.packing import PLANES
+from pliant.errors import PliantError
+
+MOST_ROWS = 16  # of x in one launch
+_SHARED = 225 << 10  # bytes that a block may take on compute capability 9.0; 99 KiB on 8.6
+_SHARED_AIM = 100 << 10  # so that two blocks fit on a multiprocessor
+_TABLES = 48 << 10  # bytes of duplicated tables in shared memory
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        ("planes", ctypes.c_void_p * 3),
+        ("scale_planes", ctypes.c_void_p * 3),
+        ("zero_planes", ctypes.c_void_p * 3),
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("row_scale", "tables", "x", "y", "factor", "middle", "projection", "counters"),
+                *("sparse_values", "sparse_columns", "sparse_starts"),
+            )
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("out", "width", "groups", "group_size", "group_shift", "n", "y_stride"),
+                *("scale_kind", "scale_bits", "scale_base"),
+                *("table_count", "selector_bits", "copies", "row_tiles", "slab"),
+                *("rank", "factor_bf16", "projection_bf16", "late"),
+            )
+        ),
+    ]
+
+
+# Chunks in flight that are compiled for each width, the most first.
+_DEPTHS = {1: (4, 2, 1), 2: (4, 2, 1), 3: (2, 1), 4: (4, 2, 1), 5: (1,), 6: (2, 1), 7: (1,),
+           8: (4, 2, 1)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How a launch cuts its work.
+
+    warps: of a block; row_tiles: of 16 rows of W that they share out, the rest along `in`.
+    depth: chunks that a warp has in flight, 0 for the kernel's own choice. resident: blocks that
+    must fit on a multiprocessor, which bounds registers (3, up to 8 warps; or 1, up to 16).
+    overlap: fetch weights while the kernel before still runs (programmatic dependent launch).
+    """
+
+    warps: int = 8
+    row_tiles: int = 1
+    depth: int = 0
+    resident: int = 1
+    overlap: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What is added in the same launch: A (B x), and a sparse matrix.
+
+    middle: B x, float32 [n, rank], which a kernel before has written or is writing; or, with B, its
+    place: the launch's own first blocks write it, counted in two int32 that are zero between
+    launches and that no other stream uses.
+    """
+
+    factor: Tensor | None = None  # A [out, rank], fp16 or bf16
+    middle: Tensor | None = None
+    values: Tensor | None = None  # fp16 [nnz], by row
+    columns: Tensor | None = None  # int32 [nnz]
+    starts: Tensor | None = None  # int32 [out + 1]
+    late: bool = False  # `middle` alone comes from the kernel before; all else was there earlier
+    b: Tensor | None = None  # B [rank, in], fp16 or bf16
+    counters: Tensor | None = None
+
+
+def vector_bytes(code: Code) -> int:
+    """Bytes of a lane's load, 16, 8 or 4; 0 for a code that this kernel does not take.
+
+    Rows must split into whole loads, and four loads' inputs must lie in one group.
+    """
+    if not isinstance(code, GroupInt | GroupLevels):
+        return 0
+    if isinstance(code, GroupLevels) and (code.bit_width > 4 or code.width % 8):
+        return 0
+    low = PLANES[code.bit_width][-1]
+    if code.width * low % 64 or not code.shape[0]:
+        return 0
+    row = code.width * low // 8
+    for size in (16, 8, 4):
+        unit = 4 * size
+        whole = code.groups == 1 or code.group_size % unit == 0
+        aligned = all(p.data_ptr() % size == 0 and p.is_contiguous() for p in code.planes)
+        if row % unit == 0 and whole and aligned:
+            return size
+    return 0
+
+
+def multiply(
+    x: Tensor,  # [n, in] fp16 or bf16, contiguous, n up to MOST_ROWS
+    code: GroupInt | GroupLevels,
+    library: Any,
+    stream: int,
+    shape: Shape = Shape(),
+    terms: Terms = Terms(),
+    y: Tensor | None = None,  # [n, out], to write
+) -> Tensor:
+    """x times the transpose of `code` and of `terms`, [n, out] in x.dtype. `vector_bytes` > 0.
+
+    library: `build.library` of the code's form, with terms where there are any.
+    """
+    n, out = x.shape[0], code.shape[0]
+    y = torch.empty(n, out, dtype=x.dtype, device=x.device) if y is None else y
+    vec = vector_bytes(code)
+    args = _Args.from_buffer_copy(_stored(code))
+    args.x, args.y, args.n, args.y_stride = x.data_ptr(), y.data_ptr(), n, y.stride(0)
+    if terms.factor is not None and terms.middle is not None:
+        args.factor, args.middle = terms.factor.data_ptr(), terms.middle.data_ptr()
+        args.rank, args.late = terms.factor.shape[1], terms.late
+        args.factor_bf16 = terms.factor.dtype == torch.bfloat16
+    if terms.b is not None and terms.counters is not None:
+        args.projection, args.counters = terms.b.data_ptr(), terms.counters.data_ptr()
+        args.projection_bf16 = terms.b.dtype == torch.bfloat16
+    if terms.values is not None and terms.columns is not None and terms.starts is not None:
+        args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
+        args.sparse_starts = terms.starts.data_ptr()
+    tiles = 1 if n <= 8 else 2
+    own = library.pliant_depth()
+    depth = 1 if tiles == 2 else own if vec < 16 else shape.depth or own
+    args.row_tiles = shape.row_tiles
+    _choose_slab(args, code, vec, tiles, depth, shape, library)
+    status = library.pliant_decode(
+        ctypes.byref(args), vec, tiles, depth,
+        shape.resident if vec == 16 and tiles == 1 else 1,
+        shape.warps, int(shape.overlap), ctypes.c_void_p(stream),
+    )  # fmt: skip
+    if status:
+        raise PliantError(f"the decode kernel did not start (error {status})")
+    return y
+
+
+def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
+    """How to cut the product with `n` rows of x: with many, blocks share x among more rows of W."""
+    low = PLANES[code.bit_width][-1]
+    chunks = code.width * low // 8 // (4 * max(vector_bytes(code), 4))
+    warps, tiles = (8, 1) if n == 1 else (16, 2) if n <= 8 else (16, 4)
+    # As many loads in flight as leave work for every warp.
+    depth = next((d for d in _DEPTHS[code.bit_width] if warps // tiles * d <= chunks), 1)
+    return Shape(warps, tiles, depth)
+
+
+def project(x: Tensor, b: Tensor, library: Any, stream: int, overlap: bool = True) -> Tensor:
+    """x [n, in] times the transpose of b [rank, in] (fp16 or bf16): float32 [n, rank].
+
+    Rows of both must be whole 16-byte loads: `in` a multiple of 8.
+    """
+    middle = torch.empty(x.shape[0], b.shape[0], dtype=torch.float32, device=x.device)
+    status = library.pliant_project(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (x, b, middle)),
+        x.shape[0], x.shape[1], b.shape[0], int(b.dtype == torch.bfloat16), int(overlap),
+        ctypes.c_void_p(stream),
+    )  # fmt: skip
+    if status:
+        raise PliantError(f"the projection kernel did not start (error {status})")
+    return middle
+
+
+def _choose_slab(
+    args: _Args, code: GroupInt | GroupLevels, vec: int, tiles: int, depth: int, shape: Shape,
+    library: Any,
+) -> None:  # fmt: skip
+    """How much of x is in shared memory at once: all, or a multiple of what a turn takes."""
+    low = PLANES[code.bit_width][-1]
+    chunks = code.width * low // 8 // (4 * vec)
+    turn = shape.warps // shape.row_tiles * depth
+    args.slab = chunks
+    for limit in (_SHARED_AIM, _SHARED):
+        args.slab = chunks
+        while library.pliant_shared(ctypes.byref(args), vec, tiles, shape.warps) > limit:
+            smaller = (args.slab - 1) // turn * turn
+            if smaller > 2 * turn and args.slab == chunks:
+                smaller = min(smaller, -(-chunks // 2 // turn) * turn)
+            if not smaller:
+                break
+            args.slab = smaller
+        else:
+            return
+
+
+_STORED: WeakKeyDictionary[Code, _Args] = WeakKeyDictionary()
+
+
+def _stored(code: GroupInt | GroupLevels) -> _Args:
+    """What a launch says of the code itself."""
+    args = _STORED.get(code)
+    if args is not None:
+        return args
+    args = _Args()
+    _point(args.planes, code.planes)
+    scales = code.stored_scales
+    _point(args.scale_planes, scales.planes)
+    args.row_scale = None if scales.row_scale is None else scales.row_scale.data_ptr()
+    args.scale_bits = scales.bits
+    if isinstance(scales, PowerScales):
+        args.scale_kind, args.scale_base = 2, scales.base
+    else:
+        args.scale_kind = 0 if scales.row_scale is None else 1
+    args.out, args.width = code.shape
+    args.groups, args.group_size = code.groups, code.group_size
+    size = code.group_size
+    args.group_shift = size.bit_length() - 1 if size & (size - 1) == 0 else -1
+    args.copies = 1
+    if isinstance(code, GroupInt):
+        _point(args.zero_planes, code.zeros or ())
+    else:
+        _point(args.zero_planes, code.selector or ())
+        args.tables, args.table_count = code.tables.data_ptr(), len(code.tables)
+        args.selector_bits = (len(code.tables) - 1).bit_length()
+        size = len(code.tables) * 4 << 2 * code.bit_width
+        args.copies = next((c for c in (32, 16, 8, 4, 2) if c * size <= _TABLES), 1)
+    _STORED[code] = args
+    return args
+
+
+def _point(pointers: Any, planes: tuple[Tensor, ...]) -> None:
+    for i, plane in enumerate(planes):
+        pointers[i] = plane.data_ptr()
+
+
+def sparse_terms(code: Sparse) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, columns int32, starts int32 [out + 1]): 4 bytes a row and up to 3 a value more."""
+    row, column = code.coordinates()
+    starts = torch.zeros(code.shape[0] + 1, dtype=torch.int32, device=code.device)
+    counts = torch.bincount(row, minlength=code.shape[0])
+    starts[1:] = counts.cumsum(0)
+    return code.values, column.to(torch.int32).contiguous(), starts

@@ -1,0 +1,162 @@
+"""Products on a GPU: the fastest kernel that a group code, its batch and the machine allow.
+
+Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the low-rank and sparse terms of a Sum
+added in it. Up to 64: the Triton kernel. More (prefill): decoded by one Triton kernel, a bounded
+number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
+take all; without Triton, or where gradients are asked for, the reference does.
+
+Off unless PLIANT_GPU_KERNELS=1 is in the environment: the CUDA kernel's source has run on a CPU
+only (tests/kernels/cuda_emulation). Off, the reference multiplies.
+
+All read the bytes as they are stored. A sparse term costs 4 bytes a row and up to 3 a value more.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.codes import Code, Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum
+from pliant.kernels import reference
+from pliant.kernels.activations import rounded
+from pliant.kernels.cuda import build
+from pliant.kernels.cuda.decode import (
+    MOST_ROWS,
+    Terms,
+    choose_shape,
+    multiply,
+    sparse_terms,
+    vector_bytes,
+)
+from pliant.kernels.dispatch import matmul, register
+
+_FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
+
+
+@register(GroupInt, "cuda")
+@register(GroupLevels, "cuda")
+def group(x: Tensor, code: Code) -> Tensor:
+    """x [n, in] times a group code; [n, out] in x.dtype."""
+    assert isinstance(code, GroupInt | GroupLevels)
+    if not _wanted() or (torch.is_grad_enabled() and x.requires_grad):
+        return reference.by_row_tiles(x, code)
+    library = _library(x, code)
+    if library is not None:
+        x = _aligned(x)
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            return multiply(x, code, library, stream, choose_shape(code, len(x)))
+    from pliant.kernels.triton import group as triton_group
+
+    if len(x) <= _FEW:
+        return triton_group.multiply(x, code)
+    tiles = list(reference.row_tiles(x, code))
+    if len(tiles) == 1:
+        return F.linear(x, triton_group.decode(code, x.dtype))
+    y = x.new_empty(len(x), code.shape[0])
+    for tile in tiles:
+        y[:, tile] = F.linear(x, triton_group.decode(code, x.dtype, tile))
+    return y
+
+
+@register(Sum, "cuda")
+def total(x: Tensor, code: Code) -> Tensor:
+    """A group code with a low-rank and a sparse term added in its launch; other sums by parts."""
+    assert isinstance(code, Sum)
+    if not _wanted():
+        return reference.total(x, code)
+    base, low, sparse, rest = _split(code)
+    library = None if base is None else _library(x, base, terms=bool(low or sparse))
+    wants_grad = torch.is_grad_enabled() and x.requires_grad
+    if base is None or library is None or wants_grad or rounded(x, base) is not x:
+        return reference.total(x, code)
+    x = _aligned(x)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        values, columns, starts = (None,) * 3 if sparse is None else _entries(sparse)
+        terms = Terms(values=values, columns=columns, starts=starts)
+        if low is not None and isinstance(low.a, Dense) and isinstance(low.b, Dense):
+            middle = torch.empty(len(x), low.rank, device=x.device)
+            counters = _counters(x.device, stream)
+            terms = replace(
+                terms, factor=low.a.values, middle=middle, b=low.b.values, counters=counters
+            )
+        y = multiply(x, base, library, stream, choose_shape(base, len(x)), terms)
+    for part in rest:
+        y += matmul(x, part)
+    return y
+
+
+def _split(
+    code: Sum,
+) -> tuple[GroupInt | GroupLevels | None, LowRank | None, Sparse | None, list[Code]]:
+    """(group code, low-rank term, sparse term, the others): what one launch takes, and the rest."""
+    base = low = sparse = None
+    rest: list[Code] = []
+    for part in code.parts:
+        if base is None and isinstance(part, GroupInt | GroupLevels):
+            base = part
+        elif low is None and isinstance(part, LowRank) and part.rank and _fusible(part):
+            low = part
+        elif sparse is None and isinstance(part, Sparse):
+            sparse = part
+        else:
+            rest.append(part)
+    return base, low, sparse, rest
+
+
+def _fusible(code: LowRank) -> bool:
+    dense = [f.values for f in (code.a, code.b) if isinstance(f, Dense)]
+    return (
+        len(dense) == 2
+        and all(v.dtype in (torch.float16, torch.bfloat16) and v.is_contiguous() for v in dense)
+        and code.shape[1] % 8 == 0
+        and dense[1].data_ptr() % 16 == 0
+    )
+
+
+_ENTRIES: WeakKeyDictionary[Code, tuple[Tensor, Tensor, Tensor]] = WeakKeyDictionary()
+
+
+def _entries(code: Sparse) -> tuple[Tensor, Tensor, Tensor]:
+    if code not in _ENTRIES:
+        _ENTRIES[code] = sparse_terms(code)
+    return _ENTRIES[code]
+
+
+def _library(x: Tensor, code: GroupInt | GroupLevels, terms: bool = False) -> Any:
+    """The CUDA kernel for this product, or None where it has none."""
+    if len(x) > MOST_ROWS or x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if not vector_bytes(code):
+        return None
+    levels = isinstance(code, GroupLevels)
+    return build.library(code.bit_width, levels, x.dtype == torch.float16, terms)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+@cache
+def _counters(device: torch.device, stream: int) -> Tensor:
+    """Where the blocks of a launch count what they have done: zero between launches."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _wanted() -> bool:
+    return os.environ.get("PLIANT_GPU_KERNELS") == "1" and _triton()
+
+
+@cache
+def _triton() -> bool:
+    return find_spec("triton") is not None

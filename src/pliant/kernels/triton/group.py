@@ -1,0 +1,235 @@
+"""Products with group codes, from their stored bytes: any width, group size and batch.
+
+One loop over the bytes of the narrowest plane; the fields of a byte are inputs far apart, so each
+field is a tile of neighbouring inputs, multiplied on its own (see `pliant.codes.packing`). Weights
+are rounded to x's dtype, as decoding to it rounds them; sums are float32.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pliant.codes import GroupInt, GroupLevels, PowerScales
+from pliant.codes.packing import PLANES, plane_bytes
+
+_HALF, _INTEGERS, _POWERS = 0, 1, 2  # kinds of scales
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _packed(first, second, third, rows, columns, count, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Stored integers at rows x columns (broadcast together) of planes of `count` columns."""
+    value = (rows * 0 + columns * 0).to(tl.int32)
+    if BITS == 8:
+        value += tl.load(first + rows * count + columns, mask=mask, other=0).to(tl.int32)
+    else:
+        place = first
+        if BITS >= 4:
+            value += _plane(place, rows, columns, count, mask, 4)
+            place = second
+        if BITS % 4 >= 2:
+            value += _plane(place, rows, columns, count, mask, 2) << (BITS // 4 * 4)
+            place = third if BITS >= 4 else second
+        if BITS % 2 == 1:
+            value += _plane(place, rows, columns, count, mask, 1) << (BITS - 1)
+    return value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _plane(plane, rows, columns, count, mask, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    size = (count * WIDTH + 7) // 8
+    byte = tl.load(plane + rows * size + columns % size, mask=mask, other=0).to(tl.int32)
+    return (byte >> (columns // size * WIDTH)) & ((1 << WIDTH) - 1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _weights(  # type: ignore[no-untyped-def]
+    row, k, out, width, groups, group_size,
+    q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr, SCALE_BITS: tl.constexpr,
+    ROW_SCALE: tl.constexpr, ZERO_BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+):  # fmt: skip
+    """W at row [M] x k [K], float32. ONE_GROUP: all of k lies in the group of its first."""
+    rows = row.to(tl.int64)[:, None]
+    inside = row[:, None] < out
+    q = _packed(q0, q1, q2, rows, k[None, :], width, inside & (k[None, :] < width), BITS)
+    if ONE_GROUP:
+        group = (tl.min(k, axis=0) // group_size + tl.arange(0, 1))[None, :]
+    else:
+        group = (k // group_size)[None, :]
+    there = inside & (group < groups)
+    if SCALES == 0:
+        scale = tl.load(s0 + rows * groups + group, mask=there, other=0.0).to(tl.float32)
+    else:
+        stored = _packed(s0, s1, s2, rows, group, groups, there, SCALE_BITS)
+        if SCALES == 1:
+            scale = stored.to(tl.float32)
+        else:
+            exponent = tl.minimum(tl.maximum(stored + base, 1), 254)
+            scale = (exponent << 23).to(tl.float32, bitcast=True)
+        if ROW_SCALE:
+            factor = tl.load(row_scale + rows, mask=inside, other=0.0).to(tl.float32)
+            scale *= factor * (1.0 / (1 << SCALE_BITS)) if SCALES == 1 else factor
+    if LEVELS:
+        if ZERO_BITS > 0:
+            q += _packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS) << BITS
+        return tl.load(tables + q).to(tl.float32) * scale
+    if ZERO_BITS > 0:
+        zero = _packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS).to(tl.float32)
+        return (q.to(tl.float32) - zero) * scale
+    middle: tl.constexpr = 0.5 if BITS == 1 else 1 << (BITS - 1)
+    return (q.to(tl.float32) - middle) * scale
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiply(  # type: ignore[no-untyped-def]
+    x, y, n, x_row, x_column, y_row, size,
+    out, width, groups, group_size,
+    q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr, SCALE_BITS: tl.constexpr,
+    ROW_SCALE: tl.constexpr, ZERO_BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    FIELDS: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * M + tl.arange(0, M)
+    column = tl.program_id(1) * N + tl.arange(0, N)
+    sums = tl.zeros((M, N), tl.float32)
+    for start in range(0, size, K):
+        byte = start + tl.arange(0, K)
+        for field in tl.static_range(FIELDS):
+            k = field * size + byte
+            w = _weights(
+                row, k, out, width, groups, group_size,
+                q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
+                BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
+            )  # fmt: skip
+            held = ((byte < size) & (k < width))[:, None] & (column < n)[None, :]
+            places = x + column.to(tl.int64)[None, :] * x_row + k[:, None] * x_column
+            seen = tl.load(places, mask=held, other=0.0)
+            sums = tl.dot(w.to(seen.dtype), seen, sums, input_precision=PRECISION)
+    kept = (row < out)[:, None] & (column < n)[None, :]
+    places = y + column.to(tl.int64)[None, :] * y_row + row[:, None]
+    tl.store(places, sums.to(y.dtype.element_ty), mask=kept)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _decode(  # type: ignore[no-untyped-def]
+    matrix, first, last, size,
+    out, width, groups, group_size,
+    q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
+    BITS: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr, SCALE_BITS: tl.constexpr,
+    ROW_SCALE: tl.constexpr, ZERO_BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    FIELDS: tl.constexpr, M: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    row = first + tl.program_id(0) * M + tl.arange(0, M)
+    byte = tl.program_id(1) * K + tl.arange(0, K)
+    for field in tl.static_range(FIELDS):
+        k = field * size + byte
+        w = _weights(
+            row, k, out, width, groups, group_size,
+            q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
+            BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
+        )  # fmt: skip
+        kept = (row < last)[:, None] & ((byte < size) & (k < width))[None, :]
+        places = matrix + (row - first).to(tl.int64)[:, None] * width + k[None, :]
+        tl.store(places, w.to(matrix.dtype.element_ty), mask=kept)
+
+
+def multiply(
+    x: Tensor,  # [n, in], any strides, bf16, fp16 or fp32
+    code: GroupInt | GroupLevels,
+    tile: tuple[int, int, int] | None = None,  # rows of W, rows of x, inputs: of a program
+    warps: int = 4,
+    stages: int = 3,
+) -> Tensor:
+    """x times the transpose of `code`, [n, out] in x.dtype."""
+    n, out = x.shape[0], code.shape[0]
+    y = torch.empty(n, out, dtype=x.dtype, device=x.device)
+    if not n or not out:
+        return y
+    if not code.width:
+        return y.zero_()
+    if tile is None:  # few rows of x: many programs, each of few rows of W
+        tile = (32, 16, 64) if n <= 16 else (32, 64, 64) if n <= 64 else (128, 128, 64)
+    rows, columns, inputs = tile
+    grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
+    with _on(x):
+        _multiply[grid](
+            x, y, n, x.stride(0), x.stride(1), y.stride(0), _row_bytes(code),
+            *_stored(code), **_kinds(code, inputs), M=rows, N=columns, K=inputs,
+            PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+    return y
+
+
+def decode(
+    code: GroupInt | GroupLevels,
+    dtype: torch.dtype,
+    rows: slice = slice(None),  # of step 1
+) -> Tensor:
+    """Those rows of the matrix, [rows, in], in one launch."""
+    first, last, _ = rows.indices(code.shape[0])
+    matrix = torch.empty(max(last - first, 0), code.width, dtype=dtype, device=code.device)
+    if matrix.numel():
+        size = _row_bytes(code)
+        tall, inputs = 16, 128
+        grid = (triton.cdiv(matrix.shape[0], tall), triton.cdiv(size, inputs))
+        with _on(matrix):
+            _decode[grid](
+                matrix, first, last, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
+            )
+    return matrix
+
+
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _row_bytes(code: GroupInt | GroupLevels) -> int:
+    """Of the narrowest plane."""
+    return plane_bytes(code.width, PLANES[code.bit_width][-1])
+
+
+def _stored(code: GroupInt | GroupLevels) -> tuple[Any, ...]:
+    """The arguments from `out` to `tables`; a tensor that is not there is the weights' plane."""
+    scales = code.stored_scales
+    extra = code.zeros if isinstance(code, GroupInt) else code.selector
+    filler = code.planes[0]
+
+    def three(planes: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        return (*(planes or ()), filler, filler, filler)[:3]
+
+    return (
+        *code.shape, code.groups, code.group_size,
+        *three(code.planes), *three(scales.planes),
+        filler if scales.row_scale is None else scales.row_scale,
+        scales.base if isinstance(scales, PowerScales) else 0,
+        *three(extra), code.tables if isinstance(code, GroupLevels) else filler,
+    )  # fmt: skip
+
+
+def _kinds(code: GroupInt | GroupLevels, inputs: int) -> dict[str, Any]:
+    """The constants that a kernel is compiled for."""
+    scales = code.stored_scales
+    if isinstance(code, GroupInt):
+        zero_bits = 0 if code.zeros is None else code.bit_width
+    else:
+        zero_bits = (len(code.tables) - 1).bit_length()
+    kind = _POWERS if isinstance(scales, PowerScales) else _HALF if scales.bits == 16 else _INTEGERS
+    whole = _row_bytes(code) % inputs == 0 and code.group_size % inputs == 0
+    return {
+        "BITS": code.bit_width,
+        "LEVELS": isinstance(code, GroupLevels),
+        "SCALES": kind,
+        "SCALE_BITS": scales.bits,
+        "ROW_SCALE": scales.row_scale is not None,
+        "ZERO_BITS": zero_bits,
+        "ONE_GROUP": whole or code.groups == 1,
+        "FIELDS": 8 // PLANES[code.bit_width][-1],
+    }

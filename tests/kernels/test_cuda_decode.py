@@ -1,0 +1,164 @@
+"""The CUDA decode kernel gives the product with the decoded matrix.
+
+On a GPU it runs there. Without one its source is compiled for the CPU, its threads as fibers and
+the tensor core's instruction in plain C++ (cuda_emulation/), which checks indices and arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pliant.codes import Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum
+from pliant.kernels import gpu
+from pliant.kernels.cuda import build, decode
+from pliant.kernels.cuda.decode import Shape, Terms
+from tests.kernels.group_codes import Form, group_code
+
+GPU = torch.cuda.is_available() and build.compiler() is not None
+DEVICE = "cuda" if GPU else "cpu"
+HERE = Path(__file__).parent / "cuda_emulation"
+# What is compiled: (bits, levels, half), planes of one, two and three widths among them.
+BUILDS = [(3, False, False), (4, True, False), (8, False, False), (7, False, True)]
+pytestmark = pytest.mark.skipif(not (GPU or shutil.which("g++")), reason="no nvcc and no g++")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("emulated")
+
+
+@cache
+def library(bits: int, levels: bool, half: bool, folder: Path, terms: bool = False) -> Any:
+    if GPU:
+        return build.library(bits, levels, half, terms)
+    target = folder / f"{bits}{levels:d}{half:d}{terms:d}.so"
+    macros = [f"-DBITS={bits}", f"-DLEVELS={levels:d}", f"-DHALF={half:d}", f"-DTERMS={terms:d}"]
+    includes = [f"-I{HERE}", f"-I{Path(decode.__file__).parent}"]
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", *macros, *includes]
+    command = ["g++", *flags, str(HERE / "host.cpp"), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"g++ could not build the emulation: {done.stderr[:200]}")
+    return ctypes.CDLL(str(target))
+
+
+def stream() -> int:
+    return torch.cuda.current_stream().cuda_stream if GPU else 0
+
+
+def error_in_roundings(y: Tensor, exact: Tensor) -> float:
+    """Error over what rounding the exact product to y's dtype costs; float32 sums add little."""
+    rounding = (exact.to(y.dtype).double() - exact).norm() + 1e-6 * exact.norm()
+    return float((y.double() - exact).norm() / rounding)
+
+
+@pytest.mark.parametrize("built", BUILDS, ids=str)
+@settings(max_examples=8, deadline=None)
+@given(
+    out=st.integers(1, 40),
+    row=st.integers(1, 9),
+    unit=st.sampled_from([16, 32, 64]),
+    groups_of=st.sampled_from([0, 1, 2]),
+    n=st.integers(1, 16),
+    scale_bits=st.sampled_from([16, 6, 5]),
+    zeros=st.booleans(),
+    cut=st.sampled_from([(2, 1), (4, 2), (4, 4)]),
+    small=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-6, 1e4]),
+)
+def test_product_is_that_of_the_decoded_matrix(
+    folder: Path, built: tuple[int, bool, bool], out: int, row: int, unit: int, groups_of: int,
+    n: int, scale_bits: int, zeros: bool, cut: tuple[int, int], small: bool, scale: float,
+) -> None:  # fmt: skip
+    """small: so little shared memory that x passes through it in pieces."""
+    bits, levels, half = built
+    if half:
+        scale = 1.0
+    low = decode.PLANES[bits][-1]
+    form = Form(bits, levels, unit * groups_of, scale_bits, zeros)
+    code = group_code(form, out, row * unit * 8 // low).to(DEVICE)
+    assert isinstance(code, GroupInt | GroupLevels)
+    assert decode.vector_bytes(code)
+    x = (torch.randn(n, code.width) * scale).to(DEVICE, torch.float16 if half else torch.bfloat16)
+    y = torch.full((n, out), torch.nan, dtype=x.dtype, device=DEVICE)
+    aim = decode._SHARED_AIM
+    try:
+        decode._SHARED_AIM = 6000 if small else aim
+        decode.multiply(x, code, library(*built, folder), stream(), Shape(*cut), y=y)
+    finally:
+        decode._SHARED_AIM = aim
+    exact = x.double() @ code.decode(torch.float64).t()
+    assert error_in_roundings(y, exact) < 1.2
+
+
+@pytest.mark.parametrize("n", [1, 3, 16])
+def test_other_terms_of_a_sum_are_added(folder: Path, n: int) -> None:
+    torch.manual_seed(n)
+    code = group_code(Form(3, False, 64, 16, False), 37, 1024).to(DEVICE)
+    assert isinstance(code, GroupInt)
+    kernel = library(3, False, False, folder, True)
+    a, middle = torch.randn(37, 11, device=DEVICE).half(), torch.randn(n, 11, device=DEVICE)
+    dense = torch.randn(37, 1024) * (torch.rand(37, 1024) < 0.03)
+    sparse = Sparse.from_dense(dense.to(DEVICE))
+    x = torch.randn(n, 1024, device=DEVICE).bfloat16()
+    terms = Terms(a, middle, *decode.sparse_terms(sparse))
+    y = decode.multiply(x, code, kernel, stream(), Shape(4, 2), terms)
+    weight = code.decode(torch.float64) + sparse.decode(torch.float64)
+    exact = x.double() @ weight.t() + middle.double() @ a.double().t()
+    assert error_in_roundings(y, exact) < 1.2
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("width", [1024, 8 * 1024 + 256])
+def test_a_sum_is_one_product(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, n: int, width: int
+) -> None:
+    """Through the function that is registered for GPUs: the projection, then all in one launch."""
+    torch.manual_seed(n)
+    monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        kernel = library(3, False, False, folder, True)
+        monkeypatch.setattr(build, "library", lambda *_: kernel)
+        monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 1, 2))
+    low = LowRank(
+        Dense(torch.randn(21, 5).half()), Dense((torch.randn(5, width) * 0.03).bfloat16())
+    )
+    sparse = Sparse.from_dense(torch.randn(21, width) * (torch.rand(21, width) < 0.03))
+    extra = Dense(torch.randn(21, width) * 0.01)
+    code = Sum((group_code(Form(3, False, 64, 16, True), 21, width), low, sparse, extra)).to(DEVICE)
+    x = torch.randn(n, width + 8, device=DEVICE).bfloat16()[:, 8:]
+    y = gpu.total(x, code)
+    exact = x.double() @ code.decode(torch.float32).double().t()
+    assert error_in_roundings(y, exact) < 1.7  # the last part is added in x's dtype
+
+
+@pytest.mark.parametrize(
+    ("width", "group_size", "takes"),
+    [
+        (512, 64, 16),
+        (512, 32, 8),
+        (512, 16, 4),
+        (512, 48, 4),
+        (512, 8, 0),
+        (512, 0, 16),
+        (500, 0, 0),
+    ],
+)
+def test_which_codes_the_kernel_takes(width: int, group_size: int, takes: int) -> None:
+    code = group_code(Form(4, False, group_size, 16, False), 3, width)
+    assert decode.vector_bytes(code) == takes
