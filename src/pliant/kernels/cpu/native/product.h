@@ -26,37 +26,138 @@ struct Space {
   }
 };
 
-constexpr int kStrip = 8;            // rows that are unpacked before they are multiplied, so that
-constexpr int64_t kUnpacked = 16384;  // bytes are written well before they are read, from L1
+constexpr int64_t kStrip = 8;        // rows that are unpacked at once, and the bytes that they
+constexpr int64_t kUnpacked = 8192;  // may take: they are multiplied from the first cache
 
-inline int64_t strip_rows(int64_t width) {
-  const int64_t rows = kUnpacked / (width + kSlack);
-  return rows < 1 ? 1 : rows > kStrip ? kStrip : rows;
+inline void scale_by(float* __restrict values, float factor, int64_t n) {
+  for (int64_t i = 0; i < n; i++) values[i] *= factor;
 }
 
-// What decoding rows of up to `width` columns needs.
-struct RowSpace {
-  uint8_t* q;            // strip_rows of [width + slack]
-  uint8_t* few;          // [width + slack]: packed scales, zeros, selectors
-  float *scales, *zeros;  // [width + 64], a group each
-  float *wide, *offset;  // strip_rows of [width / 16 + 64], a block each
-  float *row, *tables;   // [width + 64], [kTables]
+inline void scale_by(float* __restrict values, const float* __restrict factors, int64_t n) {
+  for (int64_t i = 0; i < n; i++) values[i] *= factors[i];
+}
 
-  static int64_t pitch(int64_t width) { return up_to(width + kSlack, 64); }
-  static int64_t block_pitch(int64_t width) { return up_to(width / 16 + 64, 16); }
-  static size_t bytes(int64_t width) {
-    const int64_t rows = strip_rows(width);
-    return Space::bytes<uint8_t>(rows * pitch(width)) + Space::bytes<uint8_t>(width + kSlack) +
-           3 * Space::bytes<float>(width + 64) +
-           2 * Space::bytes<float>(rows * block_pitch(width)) + Space::bytes<float>(kTables);
+// Rows of one code, unpacked. Arrays have a pitch from row to row.
+struct Strip {
+  const Matrix* m;
+  int64_t pitch, group_pitch, block_pitch, from;
+  const uint8_t *q, *selected;  // null: no selector
+  int64_t q_pitch;
+  float *scales, *zeros;  // a group each
+  float *wide, *offset;   // a block each
+  float *row, *tables;    // [width], [kTables]
+  uint8_t *bytes, *few, *more;
+
+  static int64_t rows(int64_t width) {
+    const int64_t fit = kUnpacked / (width + kSlack);
+    return fit < 1 ? 1 : fit > kStrip ? kStrip : fit;
   }
-  explicit RowSpace(Space& space, int64_t width) {
-    const int64_t rows = strip_rows(width);
-    q = space.take<uint8_t>(rows * pitch(width)), few = space.take<uint8_t>(width + kSlack);
-    scales = space.take<float>(width + 64), zeros = space.take<float>(width + 64);
-    wide = space.take<float>(rows * block_pitch(width));
-    offset = space.take<float>(rows * block_pitch(width));
-    row = space.take<float>(width + 64), tables = space.take<float>(kTables);
+  static int64_t pitch_of(int64_t width) { return up_to(width + kSlack, 64); }
+  static int64_t block_pitch_of(int64_t width) { return up_to(width / 16 + 64, 16); }
+  // Elements that a strip of any code of up to `widest` columns takes.
+  static int64_t most(int64_t widest) {
+    const int64_t several = kUnpacked + kStrip * 64;
+    return pitch_of(widest) > several ? pitch_of(widest) : several;
+  }
+  static size_t room(int64_t widest) {
+    const int64_t count = most(widest);
+    return 4 * Space::bytes<uint8_t>(count) + 5 * Space::bytes<float>(count) +
+           Space::bytes<float>(kTables);
+  }
+  // For codes of up to `widest` columns.
+  Strip(Space& space, int64_t widest) {
+    const int64_t count = most(widest);
+    bytes = space.take<uint8_t>(count), few = space.take<uint8_t>(count);
+    more = space.take<uint8_t>(count);
+    space.take<uint8_t>(count);  // `more` is two of them
+    scales = space.take<float>(count), zeros = space.take<float>(count);
+    wide = space.take<float>(count), offset = space.take<float>(count);
+    row = space.take<float>(count), tables = space.take<float>(kTables);
+  }
+
+  // Before the rows of a code: all its tables as float32, if there is room for them.
+  void begin(const Matrix& matrix) {
+    m = &matrix;
+    pitch = pitch_of(m->width), block_pitch = block_pitch_of(m->width);
+    const int64_t levels = m->table_count << m->q.bits;
+    if (m->kind == GROUP_LEVELS && levels <= kTables) halves(m->tables, levels, tables);
+  }
+  // Unpacks rows from .. from + count; with `as_stored`, q stays where it lies.
+  void load(int64_t first_row, int64_t count, bool as_stored) {
+    from = first_row;
+    if (m->kind != GROUP_INT && m->kind != GROUP_LEVELS) return;
+    group_pitch = up_to(m->groups + kSlack, 64);
+    group_pitch = group_pitch < pitch ? group_pitch : pitch;
+    if (as_stored || m->q.bits == 8) {
+      q_pitch = as_stored ? m->width * m->q.bits / 8 : m->width;
+      q = m->q.plane[0] + from * q_pitch;
+    } else {
+      unpack(m->q, from, count, bytes, more, pitch);
+      q = bytes, q_pitch = pitch;
+    }
+    load_scales(count);
+    if (m->zeros.bits) {
+      widen(m->zeros, count, 1.0f, zeros);
+    }
+    selected = m->selector.bits ? bytes_of(m->selector, count) : nullptr;
+  }
+  float symmetric_zero() const { return m->q.bits == 1 ? 0.5f : (float)(1 << (m->q.bits - 1)); }
+  const uint8_t* q_of(int64_t r) const { return q + r * q_pitch; }
+  const float* scales_of(int64_t r) const { return scales + r * group_pitch; }
+  float zero_of(int64_t r, int64_t group) const {
+    return m->zeros.bits ? zeros[r * group_pitch + group] : symmetric_zero();
+  }
+  const float* table_of(int64_t r, int64_t group) {
+    const int64_t bits = m->q.bits, most = m->table_count - 1;
+    int64_t which = selected ? selected[r * few_pitch + group] : 0;
+    which = which > most ? most : which;
+    if (m->table_count << bits <= kTables) return tables + (which << bits);
+    halves(m->tables + (which << bits), 1 << bits, tables);
+    return tables;
+  }
+
+ private:
+  int64_t few_pitch;
+
+  // Integers of groups: where they lie if they are bytes, else in `few`.
+  const uint8_t* bytes_of(const Integers& packed, int64_t count) {
+    if (packed.bits == 8) {
+      few_pitch = packed.columns;
+      return packed.plane[0] + from * packed.columns;
+    }
+    few_pitch = group_pitch;
+    unpack(packed, from, count, few, more, few_pitch);
+    return few;
+  }
+  void widen(const Integers& packed, int64_t count, float unit, float* out) {
+    const uint8_t* integers = bytes_of(packed, count);
+    const int64_t groups = m->groups;
+    for (int64_t r = 0; r < count; r++) {
+      const uint8_t* __restrict own = integers + r * few_pitch;
+      float* __restrict to = out + r * group_pitch;
+      for (int64_t g = 0; g < groups; g++) to[g] = (float)own[g] * unit;
+    }
+  }
+  void load_scales(int64_t count) {
+    if (m->half_scales) {
+      for (int64_t r = 0; r < count; r++)
+        halves(m->half_scales + (from + r) * m->groups, m->groups, scales + r * group_pitch);
+      return;
+    }
+    if (m->power_base < 0) {
+      widen(m->packed_scales, count, 1.0f / (float)(1 << m->packed_scales.bits), scales);
+    } else {
+      const uint8_t* integers = bytes_of(m->packed_scales, count);
+      for (int64_t r = 0; r < count; r++)
+        for (int64_t g = 0; g < m->groups; g++) {
+          int32_t biased = integers[r * few_pitch + g] + (int32_t)m->power_base;
+          biased = (biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23;
+          memcpy(scales + r * group_pitch + g, &biased, 4);
+        }
+    }
+    for (int64_t r = 0; r < count && m->row_scales; r++) {
+      scale_by(scales + r * group_pitch, half(m->row_scales[from + r]), m->groups);
+    }
   }
 };
 
@@ -134,61 +235,10 @@ struct Inputs {
   }
 };
 
-__attribute__((noinline)) void scales_of(const Matrix& m, int64_t row, RowSpace& space) {
-  float* out = space.scales;
-  if (m.half_scales) {
-    halves(m.half_scales + row * m.groups, m.groups, out);
-    return;
-  }
-  const uint8_t* packed = unpack(m.packed_scales, row, space.few);
-  const float of_row = m.row_scales ? half(m.row_scales[row]) : 1.0f;
-  if (m.power_base < 0) {
-    const float unit = of_row / (float)(1 << m.packed_scales.bits);
-    for (int64_t g = 0; g < m.groups; g++) out[g] = (float)packed[g] * unit;
-    return;
-  }
-  for (int64_t g = 0; g < m.groups; g++) {
-    int32_t biased = packed[g] + (int32_t)m.power_base;
-    biased = (biased < 1 ? 1 : biased > 254 ? 254 : biased) << 23;
-    float power;
-    memcpy(&power, &biased, 4);
-    out[g] = power * of_row;
-  }
-}
-
-inline float symmetric_zero(const Matrix& m) {
-  return m.q.bits == 1 ? 0.5f : (float)(1 << (m.q.bits - 1));
-}
-
-inline void zeros_of(const Matrix& m, int64_t row, RowSpace& space) {
-  if (!m.zeros.bits) {
-    const float zero = symmetric_zero(m);
-    for (int64_t g = 0; g < m.groups; g++) space.zeros[g] = zero;
-    return;
-  }
-  const uint8_t* packed = unpack(m.zeros, row, space.few);
-  for (int64_t g = 0; g < m.groups; g++) space.zeros[g] = packed[g];
-}
-
-// All tables as float32, if there is room for them; once for a piece of work.
-inline void widen_tables(const Matrix& m, RowSpace& space) {
-  const int64_t levels = m.table_count << m.q.bits;
-  if (m.kind == GROUP_LEVELS && levels <= kTables) halves(m.tables, levels, space.tables);
-}
-
-inline const float* table_of(const Matrix& m, const uint8_t* selected, int64_t group,
-                             RowSpace& space) {
-  const int64_t bits = m.q.bits, most = m.table_count - 1;
-  int64_t which = selected ? selected[group] : 0;
-  which = which > most ? most : which;
-  if (m.table_count << bits <= kTables) return space.tables + (which << bits);
-  halves(m.tables + (which << bits), 1 << bits, space.tables);
-  return space.tables;
-}
-
-// Row `row` as float32 [width].
-__attribute__((noinline)) void decode_row(const Matrix& m, int64_t row, float* out, RowSpace& space) {
-  const int64_t width = m.width;
+// Row r of the strip as float32 [width].
+__attribute__((noinline)) void decode_row(Strip& strip, int64_t r, float* out) {
+  const Matrix& m = *strip.m;
+  const int64_t width = m.width, row = strip.from + r;
   if (m.kind == FLOAT32) {
     memcpy(out, (const float*)m.dense + row * width, width * sizeof(float));
     return;
@@ -202,19 +252,15 @@ __attribute__((noinline)) void decode_row(const Matrix& m, int64_t row, float* o
     halves((const uint16_t*)m.dense + row * width, width, out);
     return;
   }
-  const uint8_t* q = unpack(m.q, row, space.q);
-  scales_of(m, row, space);
-  if (m.kind == GROUP_INT) zeros_of(m, row, space);
-  const uint8_t* selected = m.selector.bits ? unpack(m.selector, row, space.few) : nullptr;
+  const uint8_t* q = strip.q_of(r);
   for (int64_t g = 0; g < m.groups; g++) {
     const int64_t from = g * m.group, to = from + m.group < width ? from + m.group : width;
-    const float scale = space.scales[g];
+    const float scale = strip.scales_of(r)[g];
     if (m.kind == GROUP_INT) {
-      const float zero = space.zeros[g];
+      const float zero = strip.zero_of(r, g);
       for (int64_t i = from; i < to; i++) out[i] = ((float)q[i] - zero) * scale;
     } else {
-      const float* table = table_of(m, selected, g, space);
-      for (int64_t i = from; i < to; i++) out[i] = table[q[i]] * scale;
+      look_up(q + from, to - from, strip.table_of(r, g), (int)m.q.bits, scale, out + from);
     }
   }
 }
@@ -222,7 +268,7 @@ __attribute__((noinline)) void decode_row(const Matrix& m, int64_t row, float* o
 // What belongs to each of `count` groups, written out for `blocks` of them, `each` to a group,
 // and zeros up to a multiple of 16.
 inline void for_blocks(const float* groups, int64_t count, int64_t each, int64_t blocks,
-                       float* out) {
+                       float* __restrict out) {
   if (each == 1)
     memcpy(out, groups, blocks * sizeof(float));
   else if (each == 2)
@@ -234,36 +280,31 @@ inline void for_blocks(const float* groups, int64_t count, int64_t each, int64_t
   for (int64_t b = blocks; b % 16; b++) out[b] = 0;
 }
 
-// Up to strip_rows(width) rows of group integers times every input, in integers.
+// The rows of a strip of group integers times every input, in integers.
 template <int block>
-__attribute__((noinline)) void integer_rows(const Matrix& m, int64_t from, int64_t count,
-                                            const Inputs& in, float* y, int64_t stride,
-                                            RowSpace& space) {
+__attribute__((noinline)) void integer_rows(Strip& strip, int64_t from, int64_t count,
+                                            const Inputs& in, float* y, int64_t stride) {
   constexpr int size = block == 32;
+  const Matrix& m = *strip.m;
   const int64_t blocks = (m.width + block - 1) / block, room = in.room(size);
-  const int64_t each = m.groups == 1 ? blocks : m.group / block;
-  const int64_t pitch = RowSpace::pitch(m.width), block_pitch = RowSpace::block_pitch(m.width);
+  const int64_t each = m.groups == 1 ? blocks : m.group / block, pitch = strip.block_pitch;
   const bool nibbles = m.q.bits == 4 && reads_nibbles(m.width, block);
-  const bool stored = nibbles || m.q.bits == 8;
-  const int64_t row_bytes = nibbles ? m.width / 2 : m.width;
-  for (int p = 0; p < 3 && kPlanes[m.q.bits][p] && !stored; p++)
-    for (int64_t r = 0; r < count; r++) unpack_plane(m.q, p, from + r, space.q + r * pitch);
+  strip.load(from, count, nibbles);
   for (int64_t r = 0; r < count; r++) {
-    scales_of(m, from + r, space);
-    for_blocks(space.scales, m.groups, each, blocks, space.wide + r * block_pitch);
+    for_blocks(strip.scales_of(r), m.groups, each, blocks, strip.wide + r * pitch);
     if (!m.zeros.bits) continue;
-    zeros_of(m, from + r, space);
-    for (int64_t g = 0; g < m.groups; g++) space.zeros[g] *= space.scales[g];
-    for_blocks(space.zeros, m.groups, each, blocks, space.offset + r * block_pitch);
+    float* zeros = strip.zeros + r * strip.group_pitch;
+    scale_by(zeros, strip.scales_of(r), m.groups);
+    for_blocks(zeros, m.groups, each, blocks, strip.offset + r * pitch);
   }
-  const float* zeros = m.zeros.bits ? space.offset : space.wide;
-  const float factor = m.zeros.bits ? 1.0f : symmetric_zero(m);
+  const float* zeros = m.zeros.bits ? strip.offset : strip.wide;
+  const float factor = m.zeros.bits ? 1.0f : strip.symmetric_zero();
   for (int64_t c = 0; c < in.n; c++) {
     const int8_t* x = in.q + c * in.padded;
     const float *units = in.scale[size] + c * room, *sums = in.sum[size] + c * room;
     for (int64_t r = 0; r < count; r++) {
-      const uint8_t* q = stored ? m.q.plane[0] + (from + r) * row_bytes : space.q + r * pitch;
-      const float *scale = space.wide + r * block_pitch, *zero = zeros + r * block_pitch;
+      const uint8_t* q = strip.q_of(r);
+      const float *scale = strip.wide + r * pitch, *zero = zeros + r * pitch;
       y[c * stride + r] =
           nibbles ? scaled_dot<block, true>(q, x, scale, units, zero, factor, sums, m.width, false)
                   : scaled_dot<block, false>(q, x, scale, units, zero, factor, sums, m.width,
@@ -272,37 +313,29 @@ __attribute__((noinline)) void integer_rows(const Matrix& m, int64_t from, int64
   }
 }
 
-// One row times one input, in float32.
-__attribute__((noinline)) float float_row(const Matrix& m, int64_t row, const float* x, RowSpace& space) {
-  const int64_t width = m.width;
+// Row r of the strip times one input, in float32.
+__attribute__((noinline)) float float_row(Strip& strip, int64_t r, const float* x) {
+  const Matrix& m = *strip.m;
+  const int64_t width = m.width, row = strip.from + r;
   float sum = 0;
   if (m.kind == FLOAT32) return dot((const float*)m.dense + row * width, x, width);
-  if (m.kind == BFLOAT16) {
-    const uint16_t* from = (const uint16_t*)m.dense + row * width;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < width; i++) sum += brain(from[i]) * x[i];
-    return sum;
-  }
+  if (m.kind == BFLOAT16) return brain_dot(x, (const uint16_t*)m.dense + row * width, width);
   if (m.kind == FLOAT16) {
-    decode_row(m, row, space.row, space);
-    return dot(space.row, x, width);
+    decode_row(strip, r, strip.row);
+    return dot(strip.row, x, width);
   }
-  const uint8_t* q = unpack(m.q, row, space.q);
-  scales_of(m, row, space);
-  if (m.kind == GROUP_INT) zeros_of(m, row, space);
-  const uint8_t* selected = m.selector.bits ? unpack(m.selector, row, space.few) : nullptr;
+  const uint8_t* q = strip.q_of(r);
   for (int64_t g = 0; g < m.groups; g++) {
     const int64_t from = g * m.group, to = from + m.group < width ? from + m.group : width;
     float own = 0;
     if (m.kind == GROUP_INT) {
-      const float zero = space.zeros[g];
+      const float zero = strip.zero_of(r, g);
 #pragma omp simd reduction(+ : own)
       for (int64_t i = from; i < to; i++) own += ((float)q[i] - zero) * x[i];
     } else {
-      const float* table = table_of(m, selected, g, space);
-      own = looked_up_dot(q + from, x + from, to - from, table, (int)m.q.bits);
+      own = looked_up_dot(q + from, x + from, to - from, strip.table_of(r, g), (int)m.q.bits);
     }
-    sum += own * space.scales[g];
+    sum += own * strip.scales_of(r)[g];
   }
   return sum;
 }
@@ -322,37 +355,41 @@ inline bool wants_integers(const Linear& linear, bool exact) {
 
 // Rows from .. to of one code times every input: y[c * stride + row - from].
 inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, const Inputs& in, bool exact,
-                        float* y, int64_t stride, RowSpace& space) {
+                        float* y, int64_t stride, Strip& strip) {
   const int block = exact ? 0 : block_of(m);
-  widen_tables(m, space);
-  const int64_t strip = strip_rows(m.width);
-  for (int64_t row = from; row < to && block; row += strip, y += strip) {
-    const int64_t count = to - row < strip ? to - row : strip;
-    if (block == 32)
-      integer_rows<32>(m, row, count, in, y, stride, space);
-    else
-      integer_rows<16>(m, row, count, in, y, stride, space);
-  }
-  for (int64_t row = from; row < to && !block; row++, y++) {
-    if (in.n == 1) {
-      *y = float_row(m, row, in.x, space);
+  const int64_t most = Strip::rows(m.width);
+  strip.begin(m);
+  for (int64_t row = from; row < to; row += most, y += most) {
+    const int64_t count = to - row < most ? to - row : most;
+    if (block == 32) {
+      integer_rows<32>(strip, row, count, in, y, stride);
+    } else if (block == 16) {
+      integer_rows<16>(strip, row, count, in, y, stride);
     } else {
-      decode_row(m, row, space.row, space);
-      for (int64_t c = 0; c < in.n; c++) y[c * stride] = dot(space.row, in.x + c * in.width, in.width);
+      strip.load(row, count, false);
+      for (int64_t r = 0; r < count; r++) {
+        if (in.n == 1) {
+          y[r] = float_row(strip, r, in.x);
+        } else {
+          decode_row(strip, r, strip.row);
+          for (int64_t c = 0; c < in.n; c++)
+            y[c * stride + r] = dot(strip.row, in.x + c * in.width, in.width);
+        }
+      }
     }
   }
 }
 
 // The same through all parts of a weight, with its bias.
 __attribute__((noinline)) void linear_rows(const Linear& linear, int64_t from, int64_t to, const Inputs& in,
-                        bool exact, float* y, int64_t stride, RowSpace& space) {
+                        bool exact, float* y, int64_t stride, Strip& strip) {
   int64_t start = 0;
   for (int64_t p = 0; p < linear.count && start < to; p++) {
     const Matrix& part = linear.parts[p];
     const int64_t first = from > start ? from : start;
     const int64_t end = to < start + part.rows ? to : start + part.rows;
     if (first < end)
-      matrix_rows(part, first - start, end - start, in, exact, y + (first - from), stride, space);
+      matrix_rows(part, first - start, end - start, in, exact, y + (first - from), stride, strip);
     start += part.rows;
   }
   if (linear.bias)
@@ -360,14 +397,20 @@ __attribute__((noinline)) void linear_rows(const Linear& linear, int64_t from, i
       for (int64_t row = from; row < to; row++) y[c * stride + row - from] += linear.bias[row];
 }
 
-__attribute__((noinline)) void linear_decode(const Linear& linear, int64_t from, int64_t to, float* out,
-                          RowSpace& space) {
+__attribute__((noinline)) void linear_decode(const Linear& linear, int64_t from, int64_t to,
+                                             float* out, Strip& strip) {
   int64_t start = 0;
   for (int64_t p = 0; p < linear.count && start < to; p++) {
     const Matrix& part = linear.parts[p];
-    widen_tables(part, space);
-    for (int64_t row = from > start ? from : start; row < to && row < start + part.rows; row++)
-      decode_row(part, row - start, out + (row - from) * linear.width, space);
+    const int64_t first = from > start ? from : start, most = Strip::rows(part.width);
+    const int64_t end = to < start + part.rows ? to : start + part.rows;
+    strip.begin(part);
+    for (int64_t row = first; row < end; row += most) {
+      const int64_t count = end - row < most ? end - row : most;
+      strip.load(row - start, count, false);
+      for (int64_t r = 0; r < count; r++)
+        decode_row(strip, r, out + (row + r - from) * linear.width);
+    }
     start += part.rows;
   }
 }
@@ -391,25 +434,25 @@ struct Pieces {
 void matmul_job(void* what, int member, Team* team) {
   MatmulJob* job = (MatmulJob*)what;
   const Linear& linear = *job->linear;
-  const size_t bytes = RowSpace::bytes(linear.width) + Inputs::bytes(job->n, linear.width);
+  const size_t bytes = Strip::room(linear.width) + Inputs::bytes(job->n, linear.width);
   Space space = {(char*)team_scratch(team, member, bytes)};
-  RowSpace rows(space, linear.width);
+  Strip strip(space, linear.width);
   Inputs in(space, job->n, linear.width);
   in.set(job->x, job->n, linear.width);
   if (wants_integers(linear, job->exact)) in.round();
   Pieces pieces(&job->counter, linear.rows, team);
   for (int64_t from, to; pieces.take(&from, &to);)
-    linear_rows(linear, from, to, in, job->exact, job->y + from, linear.rows, rows);
+    linear_rows(linear, from, to, in, job->exact, job->y + from, linear.rows, strip);
 }
 
 void decode_job(void* what, int member, Team* team) {
   DecodeJob* job = (DecodeJob*)what;
   const Linear& linear = *job->linear;
-  Space space = {(char*)team_scratch(team, member, RowSpace::bytes(linear.width))};
-  RowSpace rows(space, linear.width);
+  Space space = {(char*)team_scratch(team, member, Strip::room(linear.width))};
+  Strip strip(space, linear.width);
   Pieces pieces(&job->counter, job->to - job->from, team);
   for (int64_t from, to; pieces.take(&from, &to);)
-    linear_decode(linear, job->from + from, job->from + to, job->out + from * linear.width, rows);
+    linear_decode(linear, job->from + from, job->from + to, job->out + from * linear.width, strip);
 }
 
 }  // namespace

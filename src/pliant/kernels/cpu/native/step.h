@@ -23,13 +23,6 @@ inline void rotate(float* head, const float* cosines, const float* sines, int64_
   }
 }
 
-inline float brain_dot(const float* x, const uint16_t* y, int64_t n) {
-  float sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; i++) sum += x[i] * brain(y[i]);
-  return sum;
-}
-
 struct Buffers {  // that all members share
   float *residual, *queries, *keys, *values, *attended, *inner;
 
@@ -47,7 +40,7 @@ struct Buffers {  // that all members share
 };
 
 struct Own {  // of one member
-  RowSpace rows;
+  Strip strip;
   Inputs in;
   float *normed, *cosines, *sines, *head, *scores;
 
@@ -57,11 +50,11 @@ struct Own {  // of one member
   }
   static size_t bytes(const Step& s) {
     const int64_t width = widest(s);
-    return RowSpace::bytes(width) + Inputs::bytes(1, width) + Space::bytes<float>(s.hidden) +
+    return Strip::room(width) + Inputs::bytes(1, width) + Space::bytes<float>(s.hidden) +
            2 * Space::bytes<float>(s.head_dim) + Space::bytes<float>(3 * s.head_dim) +
            Space::bytes<float>(s.capacity + 16);
   }
-  Own(Space space, const Step& s) : rows(space, widest(s)), in(space, 1, widest(s)) {
+  Own(Space space, const Step& s) : strip(space, widest(s)), in(space, 1, widest(s)) {
     normed = space.take<float>(s.hidden);
     cosines = space.take<float>(s.head_dim), sines = space.take<float>(s.head_dim);
     head = space.take<float>(3 * s.head_dim), scores = space.take<float>(s.capacity + 16);
@@ -110,7 +103,7 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
 
 // Rows of several weights below each other, each to its own y.
 void together(const Linear* const* linears, float* const* y, int count, const Inputs& in,
-              bool exact, Pieces pieces, RowSpace& rows) {
+              bool exact, Pieces pieces, Strip& strip) {
   for (int64_t from, to; pieces.take(&from, &to);) {
     int64_t start = 0;
     for (int k = 0; k < count; start += linears[k++]->rows) {
@@ -118,26 +111,26 @@ void together(const Linear* const* linears, float* const* y, int count, const In
       const int64_t end = to < start + linears[k]->rows ? to : start + linears[k]->rows;
       if (first < end)
         linear_rows(*linears[k], first - start, end - start, in, exact, y[k] + first - start, 0,
-                    rows);
+                    strip);
     }
   }
 }
 
 void add_product(const Linear& linear, const Inputs& in, bool exact, Pieces pieces, float* sum,
-                 RowSpace& rows) {
+                 Strip& strip) {
   float part[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
-    linear_rows(linear, from, to, in, exact, part, 0, rows);
+    linear_rows(linear, from, to, in, exact, part, 0, strip);
     for (int64_t row = from; row < to; row++) sum[row] += part[row - from];
   }
 }
 
 void gated_product(const Layer& layer, const Inputs& in, bool exact, Pieces pieces, float* out,
-                   RowSpace& rows) {
+                   Strip& strip) {
   float gate[kRows], up[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
-    linear_rows(layer.gate, from, to, in, exact, gate, 0, rows);
-    linear_rows(layer.up, from, to, in, exact, up, 0, rows);
+    linear_rows(layer.gate, from, to, in, exact, gate, 0, strip);
+    linear_rows(layer.up, from, to, in, exact, up, 0, strip);
     for (int64_t i = 0; i < to - from; i++)
       out[from + i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
   }
@@ -154,7 +147,7 @@ void step_job(void* what, int member, Team* team) {
     const float angle = (float)position * s.inverse_frequencies[i];
     own.cosines[i] = cosf(angle) * s.rope_scale, own.sines[i] = sinf(angle) * s.rope_scale;
   }
-  if (member == 0) linear_decode(s.embedding, job->token, job->token + 1, all.residual, own.rows);
+  if (member == 0) linear_decode(s.embedding, job->token, job->token + 1, all.residual, own.strip);
   team_wait(team);
 
   auto give = [&](const float* x, int64_t width) {
@@ -172,26 +165,26 @@ void step_job(void* what, int member, Team* team) {
     float* const projected[3] = {all.queries, all.keys, all.values};
     give_normed(layer.attention_norm);
     together(qkv, projected, 3, own.in, exact,
-             Pieces(counter, layer.q.rows + layer.k.rows + layer.v.rows, team), own.rows);
+             Pieces(counter, layer.q.rows + layer.k.rows + layer.v.rows, team), own.strip);
     team_wait(team);
     for (int64_t h = member; h < s.heads; h += team_size(team))
       attend(s, layer, all, own, h, position);
     team_wait(team);
     give(all.attended, s.heads * s.head_dim);
-    add_product(layer.o, own.in, exact, Pieces(counter + 1, s.hidden, team), all.residual, own.rows);
+    add_product(layer.o, own.in, exact, Pieces(counter + 1, s.hidden, team), all.residual, own.strip);
     team_wait(team);
     give_normed(layer.mlp_norm);
-    gated_product(layer, own.in, exact, Pieces(counter + 2, s.inner, team), all.inner, own.rows);
+    gated_product(layer, own.in, exact, Pieces(counter + 2, s.inner, team), all.inner, own.strip);
     team_wait(team);
     give(all.inner, s.inner);
     add_product(layer.down, own.in, exact, Pieces(counter + 3, s.hidden, team), all.residual,
-                own.rows);
+                own.strip);
     team_wait(team);
   }
   if (!job->logits) return;
   give_normed(s.final_norm);
   const Linear* const head[1] = {&s.head};
-  together(head, &job->logits, 1, own.in, exact, Pieces(counter, s.head.rows, team), own.rows);
+  together(head, &job->logits, 1, own.in, exact, Pieces(counter, s.head.rows, team), own.strip);
 }
 
 }  // namespace

@@ -64,6 +64,13 @@ inline float dot(const float* a, const float* b, int64_t n) {
   return sum;
 }
 
+inline float brain_dot(const float* x, const uint16_t* y, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; i++) sum += x[i] * brain(y[i]);
+  return sum;
+}
+
 // e**x to a few units in the last place, in operations that a vector has (Cephes).
 inline float exponential(float x) {
   x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -85,53 +92,74 @@ inline float exponential(float x) {
 // ---- bit planes -------------------------------------------------------------------------------
 
 constexpr int kSlack = 128;  // bytes that `unpack` may write beyond the columns
+constexpr uint8_t kPlanes[9][4] = {{0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
 
-// Plane bytes [n], `wide` bits a value, to out[k n + j] (or'ed in at `shift` unless that is 0).
+#if defined(__AVX512BW__)
+inline __mmask64 first(int64_t lanes) { return lanes >= 64 ? ~0ull : ~0ull >> (64 - lanes); }
+#endif
+
+// Plane bytes [n], `wide` bits a value, to out[k n + j].
 template <int wide>
-inline void spread(const uint8_t* from, int64_t n, int shift, uint8_t* out) {
+inline void spread(const uint8_t* from, int64_t n, uint8_t* out) {
   constexpr int mask = (1 << wide) - 1;
   for (int k = 0; k < 8 / wide; k++, out += n) {
+    int64_t j = 0;
 #if defined(__AVX512BW__)
     // Whole vectors are written: what is too much is written again by the next k, or slack.
-    const __m512i bits = _mm512_set1_epi8(mask);
-    for (int64_t j = 0; j < n; j += 64) {
-      const __mmask64 here = n - j >= 64 ? ~0ull : ~0ull >> (64 - (n - j));
-      __m512i part = _mm512_maskz_loadu_epi8(here, from + j);
-      part = _mm512_and_si512(_mm512_srli_epi16(part, k * wide), bits);
-      if (shift) {
-        part = _mm512_slli_epi16(part, shift);
-        part = _mm512_or_si512(part, _mm512_loadu_si512(out + j));
-      }
-      _mm512_storeu_si512(out + j, part);
+    for (; j + 16 < n; j += 64) {
+      const __m512i bytes = _mm512_maskz_loadu_epi8(first(n - j), from + j);
+      const __m512i part = _mm512_srli_epi16(bytes, k * wide);
+      _mm512_storeu_si512(out + j, _mm512_and_si512(part, _mm512_set1_epi8(mask)));
     }
-#else
-    if (shift)
-      for (int64_t j = 0; j < n; j++) out[j] |= (uint8_t)((from[j] >> (k * wide) & mask) << shift);
-    else
-      for (int64_t j = 0; j < n; j++) out[j] = (uint8_t)(from[j] >> (k * wide) & mask);
+    for (; j < n; j += 16) {
+      const __m128i bytes = _mm_maskz_loadu_epi8((__mmask16)first(n - j), from + j);
+      const __m128i part = _mm_srli_epi16(bytes, k * wide);
+      _mm_storeu_si128((__m128i*)(out + j), _mm_and_si128(part, _mm_set1_epi8(mask)));
+    }
 #endif
+    for (; j < n; j++) out[j] = (uint8_t)(from[j] >> (k * wide) & mask);
   }
 }
 
-constexpr uint8_t kPlanes[9][4] = {{0}, {1}, {2}, {2, 1}, {4}, {4, 1}, {4, 2}, {4, 2, 1}, {8}};
-
-// One plane of a row of integers into `out` [columns + kSlack]; plane 0 first.
-inline void unpack_plane(const Integers& from, int p, int64_t row, uint8_t* out) {
-  const int wide = kPlanes[from.bits][p];
-  const int64_t n = (from.columns * wide + 7) / 8;
-  const uint8_t* plane = from.plane[p] + row * n;
-  int shift = 0;
-  for (int before = 0; before < p; before++) shift += kPlanes[from.bits][before];
-  if (wide == 4) spread<4>(plane, n, shift, out);
-  if (wide == 2) spread<2>(plane, n, shift, out);
-  if (wide == 1) spread<1>(plane, n, shift, out);
+template <int shift>
+inline void merge(uint8_t* __restrict to, const uint8_t* __restrict high, int64_t n) {
+  int64_t i = 0;
+#if defined(__AVX512BW__)
+  for (; i < n; i += 64) {  // up to whole vectors: into the slack
+    const __m512i part = _mm512_slli_epi16(_mm512_loadu_si512(high + i), shift);
+    _mm512_storeu_si512(to + i, _mm512_or_si512(part, _mm512_loadu_si512(to + i)));
+  }
+#endif
+  for (; i < n; i++) to[i] = (uint8_t)(to[i] | (uint8_t)(high[i] << shift));
 }
 
-// A row of integers: where they lie if they are bytes, else in `out` [columns + kSlack].
-__attribute__((noinline)) const uint8_t* unpack(const Integers& from, int64_t row, uint8_t* out) {
-  if (from.bits == 8) return from.plane[0] + row * from.columns;
-  for (int p = 0; p < 3 && kPlanes[from.bits][p]; p++) unpack_plane(from, p, row, out);
-  return out;
+// `count` rows of integers of less than 8 bits to out[r pitch + column]; `more` is room for as much
+// twice. Rows go plane by plane, and planes meet at the end: a byte is read long after it is
+// written, for a load that needs several of the last stores waits for all of them.
+inline void unpack(const Integers& from, int64_t row, int64_t count, uint8_t* out, uint8_t* more,
+                   int64_t pitch) {
+  int shifts[3] = {0, 0, 0}, planes = 0;
+  for (int shift = 0; planes < 3 && kPlanes[from.bits][planes]; planes++) {
+    const int wide = kPlanes[from.bits][planes];
+    const int64_t n = (from.columns * wide + 7) / 8;
+    uint8_t* to = planes ? more + (planes - 1) * count * pitch : out;
+    for (int64_t r = 0; r < count; r++) {
+      const uint8_t* plane = from.plane[planes] + (row + r) * n;
+      if (wide == 4) spread<4>(plane, n, to + r * pitch);
+      if (wide == 2) spread<2>(plane, n, to + r * pitch);
+      if (wide == 1) spread<1>(plane, n, to + r * pitch);
+    }
+    shifts[planes] = shift;
+    shift += wide;
+  }
+  for (int p = 1; p < planes; p++)
+    for (int64_t r = 0; r < count; r++) {
+      uint8_t* to = out + r * pitch;
+      const uint8_t* high = more + ((p - 1) * count + r) * pitch;
+      if (shifts[p] == 2) merge<2>(to, high, from.columns);
+      if (shifts[p] == 4) merge<4>(to, high, from.columns);
+      if (shifts[p] == 6) merge<6>(to, high, from.columns);
+    }
 }
 
 // ---- integer products -------------------------------------------------------------------------
@@ -167,7 +195,6 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
     const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castps128_ps512(few));
     return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scales, to);
   };
-  auto mask = [](int64_t left) { return left >= 64 ? ~0ull : ~0ull >> (64 - left); };
   if (nibbles) {
     const int64_t n = width / 2;
     const __m512i bits = _mm512_set1_epi8(15);
@@ -178,7 +205,7 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
       high = add(high, _mm512_and_si512(_mm512_srli_epi16(both, 4), bits), n + i);
     }
     if (i < n) {
-      const __m512i both = _mm512_maskz_loadu_epi8(mask(n - i), q + i);
+      const __m512i both = _mm512_maskz_loadu_epi8(first(n - i), q + i);
       low = add(low, _mm512_and_si512(both, bits), i);
       high = add(high, _mm512_and_si512(_mm512_srli_epi16(both, 4), bits), n + i);
     }
@@ -188,7 +215,7 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
       low = add(low, _mm512_loadu_si512(q + i), i);
       high = add(high, _mm512_loadu_si512(q + i + 64), i + 64);
     }
-    for (; i < width; i += 64) low = add(low, _mm512_maskz_loadu_epi8(mask(width - i), q + i), i);
+    for (; i < width; i += 64) low = add(low, _mm512_maskz_loadu_epi8(first(width - i), q + i), i);
   }
   return _mm512_reduce_add_ps(_mm512_add_ps(low, high));
 #else
@@ -278,6 +305,25 @@ inline float looked_up_dot(const uint8_t* q, const float* x, int64_t n, const fl
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = i; j < n; j++) sum += table[q[j]] * x[j];
   return sum;
+}
+
+// out[i] = table[q[i]] scale.
+inline void look_up(const uint8_t* q, int64_t n, const float* table, int bits, float scale,
+                    float* out) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if (bits <= 4) {
+    const __m512 all = _mm512_mul_ps(
+        _mm512_maskz_loadu_ps((__mmask16)((1u << (1 << bits)) - 1), table), _mm512_set1_ps(scale));
+    for (; i < n; i += 16) {
+      const __mmask16 here = (__mmask16)first(n - i);
+      const __m512i places = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, q + i));
+      _mm512_mask_storeu_ps(out + i, here, _mm512_permutexvar_ps(places, all));
+    }
+  }
+#endif
+  (void)bits;
+  for (; i < n; i++) out[i] = table[q[i]] * scale;
 }
 
 }  // namespace
