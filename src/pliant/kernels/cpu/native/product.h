@@ -269,15 +269,24 @@ __attribute__((noinline)) void decode_row(Strip& strip, int64_t r, float* out) {
 // and zeros up to a multiple of 16.
 inline void for_blocks(const float* groups, int64_t count, int64_t each, int64_t blocks,
                        float* __restrict out) {
-  if (each == 1)
-    memcpy(out, groups, blocks * sizeof(float));
-  else if (each == 2)
-    for (int64_t g = 0; g < count - 1; g++) out[2 * g] = out[2 * g + 1] = groups[g];
-  else
-    for (int64_t g = 0; g < count - 1; g++)
-      for (int64_t k = 0; k < each; k++) out[g * each + k] = groups[g];
+  const int64_t end = up_to(blocks, 16);
+#if defined(__AVX512F__)
+  if (each <= 2) {
+    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+    const int64_t shift = each - 1;
+    for (int64_t b = 0; b < end; b += 16) {
+      const __mmask16 here = (__mmask16)first(blocks - b);
+      const __m512 values = _mm512_loadu_ps(groups + (b >> shift));
+      _mm512_storeu_ps(out + b, _mm512_maskz_mov_ps(
+          here, each == 1 ? values : _mm512_permutexvar_ps(twice, values)));
+    }
+    return;
+  }
+#endif
+  for (int64_t g = 0; g < count - 1; g++)
+    for (int64_t k = 0; k < each; k++) out[g * each + k] = groups[g];
   for (int64_t b = (count - 1) * each; b < blocks; b++) out[b] = groups[count - 1];
-  for (int64_t b = blocks; b % 16; b++) out[b] = 0;
+  for (int64_t b = blocks; b < end; b++) out[b] = 0;
 }
 
 // The rows of a strip of group integers times every input, in integers.
@@ -302,13 +311,22 @@ __attribute__((noinline)) void integer_rows(Strip& strip, int64_t from, int64_t 
   for (int64_t c = 0; c < in.n; c++) {
     const int8_t* x = in.q + c * in.padded;
     const float *units = in.scale[size] + c * room, *sums = in.sum[size] + c * room;
-    for (int64_t r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count;) {
       const uint8_t* q = strip.q_of(r);
       const float *scale = strip.wide + r * pitch, *zero = zeros + r * pitch;
-      y[c * stride + r] =
-          nibbles ? scaled_dot<block, true>(q, x, scale, units, zero, factor, sums, m.width, false)
-                  : scaled_dot<block, false>(q, x, scale, units, zero, factor, sums, m.width,
-                                             m.q.bits == 8);
+      const bool full = m.q.bits == 8;
+      float* to = y + c * stride + r;
+#define DOTS(nibbles, rows)                                                                      \
+  scaled_dots<block, nibbles, rows>(q, strip.q_pitch, x, scale, units, zero, pitch, factor, sums, \
+                                    m.width, full, to)
+      if (count - r >= 4) {
+        nibbles ? DOTS(true, 4) : DOTS(false, 4);
+        r += 4;
+      } else {
+        nibbles ? DOTS(true, 1) : DOTS(false, 1);
+        r += 1;
+      }
+#undef DOTS
     }
   }
 }

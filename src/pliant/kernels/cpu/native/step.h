@@ -23,6 +23,8 @@ inline void rotate(float* head, const float* cosines, const float* sines, int64_
   }
 }
 
+constexpr int64_t kColumns = 64;
+
 struct Buffers {  // that all members share
   float *residual, *queries, *keys, *values, *attended, *inner;
 
@@ -84,7 +86,8 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
   for (int64_t i = 0; i < dim; i++) key[i] = brain(to_brain(key[i]));
 
   float* scores = own.scores;
-  for (int64_t t = 0; t < position; t++) scores[t] = s.score_scale * brain_dot(query, keys + t * dim, dim);
+  for (int64_t t = 0; t < position; t++)
+    scores[t] = s.score_scale * brain_dot(query, keys + t * dim, dim);
   scores[position] = s.score_scale * dot(query, key, dim);
   float peak = scores[position], total = 0;
 #pragma omp simd reduction(max : peak)
@@ -92,11 +95,15 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
 #pragma omp simd reduction(+ : total)
   for (int64_t t = 0; t <= position; t++) total += scores[t] = exponential(scores[t] - peak);
   for (int64_t i = 0; i < dim; i++) out[i] = scores[position] * brain(to_brain(value[i]));
-  for (int64_t t = 0; t < position; t++) {
-    const float share = scores[t];
-    const uint16_t* from = values + t * dim;
-    for (int64_t i = 0; i < dim; i++) out[i] += share * brain(from[i]);
+  int64_t i = 0;
+  for (; i + kColumns <= dim; i += kColumns) {
+    float sums[kColumns] = {0};  // of a few columns at a time, in registers
+    for (int64_t t = 0; t < position; t++)
+      for (int64_t k = 0; k < kColumns; k++) sums[k] += scores[t] * brain(values[t * dim + i + k]);
+    for (int64_t k = 0; k < kColumns; k++) out[i + k] += sums[k];
   }
+  for (int64_t t = 0; t < position; t++)
+    for (int64_t k = i; k < dim; k++) out[k] += scores[t] * brain(values[t * dim + k]);
   float* to = all.attended + h * dim;
   for (int64_t i = 0; i < dim; i++) to[i] = out[i] / total;
 }

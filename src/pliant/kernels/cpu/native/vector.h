@@ -43,7 +43,7 @@ inline uint16_t to_brain(float value) {  // to the nearest, ties to even
   return (uint16_t)((wide + 0x7fff + (wide >> 16 & 1)) >> 16);
 }
 
-__attribute__((noinline)) void halves(const uint16_t* from, int64_t n, float* out) {
+inline void halves(const uint16_t* from, int64_t n, float* out) {
   int64_t i = 0;
 #if defined(__AVX512F__)
   for (; i < n; i += 16) {
@@ -164,61 +164,13 @@ inline void unpack(const Integers& from, int64_t row, int64_t count, uint8_t* ou
 
 // ---- integer products -------------------------------------------------------------------------
 
-// A row of integers (some of 128 or more if `full`) times a row of inputs:
-//   sum over blocks b of scale[b] unit[b] (sum over i in b of q[i] x[i]) - factor zero[b] sum[b]
-// A block is 16 or 32 columns. x is zero from the width to a multiple of 64, all that belongs to
-// blocks is finite up to a multiple of 16 of them, and zero and sum are zero there. q ends at
-// `width`; with `nibbles` it is a plane of 4 bits, whose halves are whole blocks.
-template <int block, bool nibbles>
+#if !defined(__AVX512VNNI__)
+// One row of what `scaled_dots` does.
+template <int block>
 inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, const float* unit,
                         const float* zero, float factor, const float* sum, int64_t width,
                         bool full) {
   const int64_t blocks = (width + block - 1) / block;
-#if defined(__AVX512VNNI__)
-  (void)full;
-  const __m512i places =
-      block == 32 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
-                  : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-  __m512 low = _mm512_setzero_ps(), high = low;
-  for (int64_t b = 0; b < blocks; b += 16)
-    low = _mm512_fmadd_ps(_mm512_loadu_ps(zero + b), _mm512_loadu_ps(sum + b), low);
-  low = _mm512_mul_ps(low, _mm512_set1_ps(-factor));
-  auto add = [&](__m512 to, __m512i weights, int64_t i) {
-    const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights,
-                                                 _mm512_loadu_si512(x + i));
-    __m128 few;
-    if (block == 32)
-      few = _mm_mul_ps(_mm_castpd_ps(_mm_load_sd((const double*)(scale + i / 32))),
-                       _mm_castpd_ps(_mm_load_sd((const double*)(unit + i / 32))));
-    else
-      few = _mm_mul_ps(_mm_loadu_ps(scale + i / 16), _mm_loadu_ps(unit + i / 16));
-    const __m512 scales = _mm512_permutexvar_ps(places, _mm512_castps128_ps512(few));
-    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), scales, to);
-  };
-  if (nibbles) {
-    const int64_t n = width / 2;
-    const __m512i bits = _mm512_set1_epi8(15);
-    int64_t i = 0;
-    for (; i + 64 <= n; i += 64) {
-      const __m512i both = _mm512_loadu_si512(q + i);
-      low = add(low, _mm512_and_si512(both, bits), i);
-      high = add(high, _mm512_and_si512(_mm512_srli_epi16(both, 4), bits), n + i);
-    }
-    if (i < n) {
-      const __m512i both = _mm512_maskz_loadu_epi8(first(n - i), q + i);
-      low = add(low, _mm512_and_si512(both, bits), i);
-      high = add(high, _mm512_and_si512(_mm512_srli_epi16(both, 4), bits), n + i);
-    }
-  } else {
-    int64_t i = 0;
-    for (; i + 128 <= width; i += 128) {
-      low = add(low, _mm512_loadu_si512(q + i), i);
-      high = add(high, _mm512_loadu_si512(q + i + 64), i + 64);
-    }
-    for (; i < width; i += 64) low = add(low, _mm512_maskz_loadu_epi8(first(width - i), q + i), i);
-  }
-  return _mm512_reduce_add_ps(_mm512_add_ps(low, high));
-#else
   float below = 0, total = 0;
 #pragma omp simd reduction(+ : below)
   for (int64_t b = 0; b < blocks; b++) below += zero[b] * sum[b];
@@ -263,10 +215,88 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
   }
 #endif
   return total - factor * below;
+}
+#endif
+
+// `rows` rows of integers (some of 128 or more if `full`) times a row of inputs:
+//   sum over blocks b of scale[b] unit[b] (sum over i in b of q[i] x[i]) - factor zero[b] sum[b]
+// A block is 16 or 32 columns. x is zero from the width to a multiple of 64, all that belongs to
+// blocks is finite up to a multiple of 16 of them, and zero and sum are zero there. A row of q ends
+// at `width`; with `nibbles` it is a plane of 4 bits, whose halves are whole blocks. Scales and
+// zeros go on by `pitch` from row to row.
+template <int block, bool nibbles, int rows>
+inline void scaled_dots(const uint8_t* q, int64_t q_pitch, const int8_t* x, const float* scale,
+                        const float* unit, const float* zero, int64_t pitch, float factor,
+                        const float* sum, int64_t width, bool full, float* y) {
+  const int64_t blocks = (width + block - 1) / block;
+#if defined(__AVX512VNNI__)
+  (void)full;
+  const __m512i places =
+      block == 32 ? _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1)
+                  : _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  __m512 sums[rows];
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; r++) sums[r] = _mm512_setzero_ps();
+  for (int64_t b = 0; b < blocks; b += 16) {
+    const __m512 own = _mm512_mul_ps(_mm512_set1_ps(-factor), _mm512_loadu_ps(sum + b));
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+      sums[r] = _mm512_fmadd_ps(_mm512_loadu_ps(zero + r * pitch + b), own, sums[r]);
+  }
+  auto few = [](const float* from, int64_t i) {
+    return block == 32 ? _mm_castpd_ps(_mm_load_sd((const double*)(from + i / 32)))
+                       : _mm_loadu_ps(from + i / 16);
+  };
+  auto add = [&](int r, __m512i weights, int64_t i) {
+    const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights,
+                                                 _mm512_loadu_si512(x + i));
+    const __m128 scales = _mm_mul_ps(few(scale + r * pitch, i), few(unit, i));
+    sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products),
+                              _mm512_permutexvar_ps(places, _mm512_castps128_ps512(scales)),
+                              sums[r]);
+  };
+  const int64_t n = nibbles ? width / 2 : width;
+  auto piece = [&](int r, __m512i weights, int64_t i) {
+    if (nibbles) {
+      const __m512i bits = _mm512_set1_epi8(15);
+      add(r, _mm512_and_si512(weights, bits), i);
+      add(r, _mm512_and_si512(_mm512_srli_epi16(weights, 4), bits), n + i);
+    } else {
+      add(r, weights, i);
+    }
+  };
+  // Row after row, as they lie in memory: several at a time would be no pattern to prefetch.
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; r++) {
+    const uint8_t* own = q + r * q_pitch;
+    int64_t i = 0;
+    for (; i + 64 <= n; i += 64) piece(r, _mm512_loadu_si512(own + i), i);
+    if (i < n) piece(r, _mm512_maskz_loadu_epi8(first(n - i), own + i), i);
+  }
+  if (rows == 4) {
+    __m256 halved[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+      halved[r] = _mm256_add_ps(_mm512_castps512_ps256(sums[r % rows]),
+                                _mm512_extractf32x8_ps(sums[r % rows], 1));
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halved[0], halved[1]),
+                                        _mm256_hadd_ps(halved[2], halved[3]));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  } else {
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
+  }
+#else
+#pragma GCC unroll 4
+  for (int r = 0; r < rows; r++) {
+    y[r] = scaled_dot<block>(q + r * q_pitch, x, scale + r * pitch, unit, zero + r * pitch, factor,
+                             sum, width, full);
+  }
+  (void)blocks;
 #endif
 }
 
-// Whether `scaled_dot` can read planes of 4 bits as they are stored.
+// Whether `scaled_dots` can read planes of 4 bits as they are stored.
 inline bool reads_nibbles(int64_t width, int block) {
 #if defined(__AVX512VNNI__)
   return width % (2 * block) == 0;
