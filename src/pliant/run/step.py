@@ -1,9 +1,10 @@
 """One token through a whole model in one native call.
 
-transformers spends more time between the products of a small model than in them. For models of the
-Llama family whose weights are codes that the native kernels know, this runs the same computation on
-the same cache: norms, projections, rotary positions, attention, the gated MLP and the head. It
-keeps addresses, never a decoded weight; whatever changes under them is noticed before they are used.
+transformers spends more time between the products of a small model than in them. For models of
+the Llama family whose weights are codes that the native kernels know, this runs the same
+computation on the same cache: norms, projections, rotary positions, attention, the gated MLP and
+the head. It keeps addresses, never a decoded weight; what changes under them is noticed before they
+are used.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread",
     "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd",
 )  # fmt: skip
-_SETS = {
+_SETS: dict[str, tuple[str, ...]] = {
     "plain": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
@@ -52,7 +52,8 @@ def library() -> ctypes.CDLL | None:
 def _built() -> Path:
     compiler = _compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30)
-    sets = _SETS if platform.machine().lower() in ("x86_64", "amd64") else {"plain": ()}
+    on_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    sets = _SETS if on_x86 else {"plain": _SETS["plain"]}
     digest = hashlib.sha256(repr((compiler, version.stdout, platform.machine())).encode())
     digest.update(repr((_FLAGS, sets)).encode())
     for source in sorted(_SOURCES.iterdir()):
@@ -78,15 +79,12 @@ def _compiler() -> str:
 def _compiled(compiler: str, work: Path, sets: dict[str, tuple[str, ...]]) -> Path:
     jobs = [[f"-DPLIANT_ISA={name}", *flags, "isa.cpp"] for name, flags in sets.items()]
     jobs += [["main.cpp"], ["pool.cpp"]]
-    running = []
+    running, null, pipe = [], subprocess.DEVNULL, subprocess.PIPE
     try:
         for i, job in enumerate(jobs):
             command = [compiler, *_FLAGS, "-w", *job, "-c", "-o", str(work / f"{i}.o")]
             running.append(
-                subprocess.Popen(
-                    command, cwd=_SOURCES, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                    text=True,
-                )  # fmt: skip
+                subprocess.Popen(command, cwd=_SOURCES, stdout=null, stderr=pipe, text=True)
             )
         for process in running:
             said = process.communicate(timeout=_TIMEOUT)[1]

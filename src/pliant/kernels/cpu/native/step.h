@@ -23,8 +23,6 @@ inline void rotate(float* head, const float* cosines, const float* sines, int64_
   }
 }
 
-constexpr int64_t kColumns = 64;
-
 struct Buffers {  // that all members share
   float *residual, *queries, *keys, *values, *attended, *inner;
 
@@ -96,11 +94,15 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
   for (int64_t t = 0; t <= position; t++) total += scores[t] = exponential(scores[t] - peak);
   for (int64_t i = 0; i < dim; i++) out[i] = scores[position] * brain(to_brain(value[i]));
   int64_t i = 0;
-  for (; i + kColumns <= dim; i += kColumns) {
-    float sums[kColumns] = {0};  // of a few columns at a time, in registers
-    for (int64_t t = 0; t < position; t++)
-      for (int64_t k = 0; k < kColumns; k++) sums[k] += scores[t] * brain(values[t * dim + i + k]);
-    for (int64_t k = 0; k < kColumns; k++) out[i + k] += sums[k];
+  for (; i + 16 <= dim; i += 16) {
+    Floats sums[2] = {};
+    int64_t t = 0;
+    for (; t + 2 <= position; t += 2) {
+      sums[0] += scores[t] * load_brain(values + t * dim + i);
+      sums[1] += scores[t + 1] * load_brain(values + (t + 1) * dim + i);
+    }
+    if (t < position) sums[0] += scores[t] * load_brain(values + t * dim + i);
+    for (int64_t k = 0; k < 16; k++) out[i + k] += sums[0][k] + sums[1][k];
   }
   for (int64_t t = 0; t < position; t++)
     for (int64_t k = i; k < dim; k++) out[k] += scores[t] * brain(values[t * dim + k]);
