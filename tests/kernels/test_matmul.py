@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pliant.codes import Code, Codebook, Dense, GroupInt, LowRank, Signed
 from pliant.errors import PliantError
-from pliant.kernels import matmul, reference, register
+from pliant.kernels import cpu, matmul, reference, register
 from pliant.kernels.dispatch import _KERNELS
 from tests.codes.forms import codes, group_int, integers
 
@@ -59,6 +59,7 @@ def test_a_wrong_width_is_told() -> None:
     lambda: Dense(torch.randn(9001, 96).half()),
 ])  # fmt: skip
 def test_tall_matrices_are_decoded_in_bounded_tiles(make, monkeypatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
     code, sizes = make(), []
     name = "rows_into" if hasattr(code, "rows_into") else "rows"
     decode = getattr(type(code), name)
@@ -76,10 +77,11 @@ def test_tall_matrices_are_decoded_in_bounded_tiles(make, monkeypatch) -> None:
 
 
 def test_a_registered_kernel_is_used_on_its_device_only() -> None:
+    before = dict(_KERNELS)
     try:
         register(GroupInt, "cpu")(lambda x, code: x.new_full((x.shape[0], code.shape[0]), 7.0))
         register(GroupInt, "cuda")(lambda x, code: x.new_full((x.shape[0], code.shape[0]), 8.0))
         assert matmul(torch.zeros(1, 40), group_int(6, 40)).tolist() == [[7.0] * 6]
     finally:
-        _KERNELS.pop((GroupInt, "cpu"), None)
-        _KERNELS.pop((GroupInt, "cuda"), None)
+        _KERNELS.clear()
+        _KERNELS.update(before)

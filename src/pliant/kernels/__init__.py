@@ -1,6 +1,6 @@
 """Activation times code: the fastest kernel that a code and a device have."""
 
-from pliant.kernels import gpu, reference  # noqa: F401  (they register their kernels)
+from pliant.kernels import cpu, gpu, reference  # noqa: F401  (they register their kernels)
 from pliant.kernels.activations import fake_quantize_activations, rounded_activations
 from pliant.kernels.dispatch import matmul, register
 

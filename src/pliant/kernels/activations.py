@@ -70,6 +70,11 @@ def rounded_activations(rounding: Rounding) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def rounding_is_on() -> bool:
+    """Whether the code runs inside `rounded_activations`."""
+    return _ACTIVE.get() is not None
+
+
 def rounded(x: Tensor, code: Code) -> Tensor:
     """x as `code` is to meet it: rounded if a rounding is on and the code is a quantized leaf."""
     rounding = _ACTIVE.get()

@@ -57,6 +57,8 @@ class Memory:
         self.model = model
         self._logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._plan = getattr(model, "plan", None)
+        self._step = getattr(model, "step", None)  # of a RunningModel
+        self._logits = torch.empty(config.vocab_size)
 
     def common(self, tokens: Sequence[int]) -> int:
         """How many tokens at the front of `tokens` are remembered; the rest is forgotten.
@@ -82,7 +84,13 @@ class Memory:
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
-        """Run `tokens` through the model, `chunk` at a time; logits [vocabulary] after the last."""
+        """Run `tokens` through the model, `chunk` at a time; logits [vocabulary] after the last.
+
+        They are the caller's until the next call.
+        """
+        if len(tokens) == 1 and self._step and self._step(tokens[0], self.cache, self._logits):
+            self.tokens += tokens
+            return self._logits
         logits = torch.empty(0)
         device = self.model.get_input_embeddings().weight.device
         for start in range(0, len(tokens), chunk):

@@ -2,40 +2,74 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pliant.cache import DenseCache
 from pliant.codes.base import one_thread
+from pliant.kernels.activations import rounding_is_on
+from pliant.kernels.cpu import integer_activations
+from pliant.kernels.cpu.structs import Unsuited
 from pliant.ladder import LiveModel
 from pliant.ladder import load as open_model
+from pliant.ladder.live import Plan
 from pliant.model.heap import release
 from pliant.plan.memory import PREFILL_CHUNK
+from pliant.run.step import NativeStep
 
 
 class RunningModel(LiveModel):
-    """A live model whose `generate` uses a cache of the planned size and prefills in chunks."""
+    """A live model whose `generate` uses a cache of the planned size and prefills in chunks.
+
+    On a CPU single tokens go through the native step where it knows the model and its codes.
+    """
+
+    _step: NativeStep | None = None
+    _step_of: Plan | None = None  # the plan that `_step` (or its absence) is of
 
     def new_cache(self) -> DenseCache:
         """An empty cache of the planned context and batch."""
         config: Any = self.config  # type: ignore[attr-defined]
         return DenseCache(config, self.plan.context, self.plan.batch)
 
+    def step(self, token: int, cache: Any, logits: Tensor) -> bool:
+        """One more token of the sequence in `cache`, natively; `logits` [vocabulary] is written.
+
+        False, and nothing done, where only the forward of transformers can do it.
+        """
+        if rounding_is_on():
+            return False
+        if self._step_of is not self.plan or (self._step and not self._step.current()):
+            self._step, self._step_of = None, self.plan
+            with suppress(Unsuited):
+                self._step = NativeStep(self)
+        if self._step is None or self._step.hooked():
+            return False
+        return self._step.run(token, cache, logits)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, fit for its size.
 
-        A single token runs in one thread, whose pieces of work are too short to share. After more
-        than one, what they freed goes back to the system.
+        A single token takes the native step, or runs in one thread, whose pieces of work are too
+        short to share. After more than one, what they freed goes back to the system.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None and ids.shape[-1] == 1:
-            with one_thread():
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]
-        output = super().__call__(*args, **kwargs)  # type: ignore[misc]
-        release()
-        return output
+        if ids is None or ids.shape[-1] != 1:
+            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            release()
+            return output
+        cache = kwargs.get("past_key_values")
+        if not args[1:] and ids.numel() == 1 and _plain(kwargs, cache):
+            logits = torch.empty(self.config.vocab_size)  # type: ignore[attr-defined]
+            if self.step(int(ids), cache, logits):
+                return CausalLMOutputWithPast(logits=logits[None, None], past_key_values=cache)
+        with one_thread(), integer_activations():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own generate; pass `past_key_values` or `use_cache` to choose a cache."""
@@ -44,6 +78,27 @@ class RunningModel(LiveModel):
             given = getattr(kwargs.get("generation_config"), "prefill_chunk_size", None)
             kwargs.setdefault("prefill_chunk_size", given or PREFILL_CHUNK)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+
+_UNDERSTOOD = {
+    "input_ids", "past_key_values", "use_cache", "logits_to_keep", "return_dict",
+    "attention_mask", "position_ids", "cache_position",
+}  # fmt: skip
+
+
+def _plain(kwargs: dict[str, Any], cache: Any) -> bool:
+    """Whether a call asks for no more than the next logits after the whole of `cache`."""
+    if type(cache) is not DenseCache or kwargs.keys() - _UNDERSTOOD:
+        return False
+    if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
+        return False
+    if kwargs.get("logits_to_keep", 0) not in (0, 1):
+        return False
+    length, mask = cache.length, kwargs.get("attention_mask")
+    if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
+        return False
+    places = (kwargs.get("position_ids"), kwargs.get("cache_position"))
+    return all(place is None or place.flatten().tolist() == [length] for place in places)
 
 
 def load(

@@ -1,0 +1,111 @@
+"""Native kernels of the CPU: products straight from the stored planes, in threads that stay.
+
+Activations meet codes in float32, as everywhere else. Inside `integer_activations` up to 16 of them
+meet group integers as integers of 8 bits, with a scale for every 32 of them. More than 16 meet
+decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs in
+plain torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.codes import Code, Dense, GroupInt, GroupLevels
+from pliant.kernels import reference
+from pliant.kernels.cpu.build import library
+from pliant.kernels.cpu.structs import Linear, Unsuited, describe
+from pliant.kernels.dispatch import Kernel, register
+
+MOST = 16  # inputs that are multiplied without decoding a tile
+TILE = 2**20  # bytes of a decoded tile
+
+_INTEGER: ContextVar[bool] = ContextVar("integer", default=False)
+
+
+@contextmanager
+def integer_activations() -> Iterator[None]:
+    """Inside, few activations meet group integers in 8 bits: twice as fast, at little damage.
+
+    With PLIANT_NATIVE=exact in the environment they stay as they are.
+    """
+    token = _INTEGER.set(os.environ.get("PLIANT_NATIVE") != "exact")
+    try:
+        yield
+    finally:
+        _INTEGER.reset(token)
+
+
+def _kernel(fallback: Kernel) -> Kernel:
+    """A kernel of the native library, and `fallback` for what it does not cover."""
+
+    def product(x: Tensor, code: Code) -> Tensor:
+        native, linear = library(), None
+        if native is not None and not _traced(x):
+            linear = _described(code)
+        if native is None or linear is None:
+            return fallback(x, code)
+        if x.shape[0] <= MOST:
+            return _few(native, x, linear)
+        return _many(native, x, linear)
+
+    return product
+
+
+group_int = register(GroupInt, "cpu")(_kernel(reference.group_int))
+group_levels = register(GroupLevels, "cpu")(_kernel(reference.by_row_tiles))
+
+
+@register(Dense, "cpu")
+def dense(x: Tensor, code: Code) -> Tensor:
+    """Values of another dtype than x's are widened in registers."""
+    assert isinstance(code, Dense)
+    same = code.values.dtype == x.dtype
+    return reference.dense(x, code) if same else _other_dense(x, code)
+
+
+_other_dense = _kernel(reference.dense)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether torch must see every operation on x, or changes it."""
+    return (x.requires_grad and torch.is_grad_enabled()) or torch.is_autocast_enabled("cpu")
+
+
+def _described(code: Code) -> Linear | None:
+    try:
+        return describe(code)
+    except Unsuited:
+        return None
+
+
+def _few(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
+    given = x.detach().float().contiguous()
+    y = torch.empty(x.shape[0], linear.rows)
+    done = native.pliant_matmul(
+        ctypes.byref(linear), given.data_ptr(), y.data_ptr(), x.shape[0], not _INTEGER.get(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError("the system gives no more threads")
+    return y.to(x.dtype)
+
+
+def _many(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
+    y = x.new_empty(x.shape[0], linear.rows)
+    step = max(1, min(linear.rows, TILE // (4 * linear.width)))
+    room = torch.empty(step, linear.width)
+    for start in range(0, linear.rows, step):
+        stop = min(start + step, linear.rows)
+        native.pliant_decode(
+            ctypes.byref(linear), start, stop, room.data_ptr(), torch.get_num_threads()
+        )
+        y[:, start:stop] = F.linear(x, room[: stop - start].to(x.dtype))
+    return y

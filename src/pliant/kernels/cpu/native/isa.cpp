@@ -1,0 +1,13 @@
+// The kernels, compiled once for each instruction set (PLIANT_ISA names the build).
+#include "matrix.h"
+#include "vector.h"
+#include "product.h"
+#include "step.h"
+
+#define NAME2(isa) pliant_kernels_##isa
+#define NAME(isa) NAME2(isa)
+#define TEXT2(isa) #isa
+#define TEXT(isa) TEXT2(isa)
+
+extern "C" const Kernels NAME(PLIANT_ISA);
+const Kernels NAME(PLIANT_ISA) = {TEXT(PLIANT_ISA), matmul_job, decode_job, step_job};

@@ -1,0 +1,68 @@
+// What Python calls. The instruction set is chosen at the first call, by what the processor has.
+#include <stdlib.h>
+
+#include "matrix.h"
+#include "pool.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+extern "C" const Kernels pliant_kernels_plain;
+#if defined(__x86_64__)
+extern "C" const Kernels pliant_kernels_avx2;
+extern "C" const Kernels pliant_kernels_avx512;
+#endif
+
+namespace {
+
+// The best kernels up to `level` (0 plain, 1 AVX2, 2 AVX-512 with VNNI) that can run here.
+const Kernels* best(int level) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (level >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma"))
+    return &pliant_kernels_avx512;
+  if (level >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return &pliant_kernels_avx2;
+#endif
+  return &pliant_kernels_plain;
+}
+
+const Kernels* chosen = nullptr;
+const Kernels* kernels() { return chosen ? chosen : chosen = best(2); }
+
+}  // namespace
+
+// Limits the instruction set (for tests) and tells which is used.
+EXPORT const char* pliant_use(int level) {
+  chosen = best(level);
+  return chosen->name;
+}
+
+EXPORT void pliant_sizes(int64_t* sizes) {
+  sizes[0] = sizeof(Integers), sizes[1] = sizeof(Matrix), sizes[2] = sizeof(Linear);
+  sizes[3] = sizeof(Layer), sizes[4] = sizeof(Step);
+}
+
+EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n, int exact,
+                         int threads) {
+  MatmulJob job = {linear, x, y, n, exact, 0};
+  return pool_run(kernels()->matmul, &job, threads);
+}
+
+EXPORT int pliant_decode(const Linear* linear, int64_t from, int64_t to, float* out, int threads) {
+  DecodeJob job = {linear, from, to, out, 0};
+  return pool_run(kernels()->decode, &job, threads);
+}
+
+EXPORT int64_t pliant_shared_floats(const Step* step) {
+  return step->hidden + 2 * step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
+         step->inner + 6 * 16;
+}
+
+EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float* logits,
+                       int threads) {
+  StepJob job = {step, token, position, logits};
+  for (int64_t i = 0; i < 4 * step->layer_count + 1; i++) step->counters[i] = 0;
+  return pool_run(kernels()->step, &job, threads);
+}

@@ -1,0 +1,94 @@
+// Codes as the kernels see them: pointers that Python has checked against the sizes beside them.
+// Every struct here has its twin in structs.py; pliant_sizes() tells whether they agree.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum Kind { GROUP_INT = 0, GROUP_LEVELS = 1, FLOAT32 = 2, BFLOAT16 = 3, FLOAT16 = 4 };
+
+// Small integers [rows, columns] as bit planes, the lowest bits first (codes/packing.py).
+struct Integers {
+  const uint8_t* plane[3];
+  int64_t columns;
+  int64_t bits;  // 0: there are none
+};
+
+// One code of [rows, width].
+struct Matrix {
+  int64_t kind, rows, width;
+  int64_t group, groups;        // columns that share a scale, and ceil(width / group)
+  const void* dense;            // FLOAT32, BFLOAT16, FLOAT16: the values
+  Integers q;                   // GROUP_INT: integers, GROUP_LEVELS: places in a table
+  const uint16_t* half_scales;  // fp16 [rows, groups], or null: packed_scales
+  Integers packed_scales;       // times row_scales / 2**bits, or exponents where power_base >= 0
+  const uint16_t* row_scales;   // fp16 [rows] or null: 1
+  int64_t power_base;           // scale = 2**(integer + power_base - 127); -1: a plain integer
+  Integers zeros;               // GROUP_INT: [rows, groups], or none: 2**(bits - 1), 1/2 at 1 bit
+  const uint16_t* tables;       // GROUP_LEVELS: fp16 [table_count, 2**bits]
+  int64_t table_count;
+  Integers selector;            // [rows, groups], or none: one table
+};
+
+// Rows of several codes below each other, and a bias.
+struct Linear {
+  const Matrix* parts;
+  int64_t count, rows, width;
+  const float* bias;  // [rows] or null
+};
+
+struct Layer {
+  Linear q, k, v, o, gate, up, down;
+  const float *attention_norm, *mlp_norm;  // [hidden]
+  const float *query_norm, *key_norm;      // [head_dim] or null
+  uint16_t *keys, *values;                 // bfloat16 [kv_heads, capacity, head_dim]
+};
+
+// One token of one sequence through a model of the Llama family.
+struct Step {
+  const Layer* layers;
+  int64_t layer_count, hidden, heads, kv_heads, head_dim, inner, capacity;
+  Linear embedding, head;
+  const float *final_norm, *inverse_frequencies;  // [hidden], [head_dim / 2]
+  float epsilon, rope_scale, score_scale;
+  int32_t exact;
+  float* shared;      // pliant_shared_floats() of them
+  int64_t* counters;  // 4 a layer and 1
+};
+
+// What the members of a team do together; `member` 0 is the caller.
+struct Team;
+typedef void (*Job)(void* what, int member, Team* team);
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  void (*matmul)(void* what, int member, Team* team);  // what: MatmulJob
+  void (*decode)(void* what, int member, Team* team);  // what: DecodeJob
+  void (*step)(void* what, int member, Team* team);    // what: StepJob
+};
+
+struct MatmulJob {
+  const Linear* linear;
+  const float* x;  // [n, width]
+  float* y;        // [n, rows]
+  int64_t n;
+  int32_t exact;
+  int64_t counter;
+};
+
+struct DecodeJob {
+  const Linear* linear;
+  int64_t from, to;
+  float* out;  // [to - from, width]
+  int64_t counter;
+};
+
+struct StepJob {
+  const Step* step;
+  int64_t token, position;
+  float* logits;  // [vocabulary] or null: only the cache is written
+};
+
+int team_size(const Team* team);
+void team_wait(Team* team);  // until all members are here
+void* team_scratch(Team* team, int member, size_t bytes);  // kept, 64-byte aligned
