@@ -3,8 +3,8 @@
     python bench/decode.py --llama BUILD --gguf F32.gguf [--threads 2] [--rounds 5]
 
 Writes bench/results/decode_cpu.{json,md}. BUILD is a build of llama.cpp with llama-bench and
-llama-quantize (bench/peers/_ggml.py makes one: `cmake --build BUILD --target llama-bench`), F32.gguf
-the checkpoint as its converter writes it. Both are measured in alternation, round after round; a
+llama-quantize (bench/peers/_ggml.py makes one; `cmake --build BUILD --target llama-bench`), F32
+the GGUF that its converter writes. Both are measured in alternation, round after round; a
 figure is the median of its rounds, a ratio the median of the ratios within rounds. Q4_0 is beside
 4 bits and Q8_0 beside 8 bits in groups of 32 with scales of 16 bits: the same bytes.
 """
