@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pliant.errors import PliantError, RecipeError
+from pliant.kernels.cpu import rounding
 from pliant.methods import MethodInfo, catalog, find
 from pliant.model import Target
 from pliant.observe import Statistics
@@ -248,25 +249,29 @@ def _levels(bits: int, group_size: int = 64) -> RungSpec:
 
 
 def default_recipe(
-    effort: str = "balanced", *, text: str | None = None, seed: int = 0, gpu: bool = False
+    effort: str = "balanced",
+    *,
+    text: str | None = None,
+    seed: int = 0,
+    gpu: bool = False,
+    levels: bool | None = None,
 ) -> Recipe:
     """What `fit` uses when nothing is forced. effort: quick, balanced or best.
 
     gpu: one is there to compute on. The best effort trains only then: a step takes about a
-    minute on two cores.
+    minute on two cores. levels: whether learned levels make the smaller rungs; None: where
+    learning them is quick, on a GPU or with the native kernels, else integers do.
     """
     if effort not in _EFFORTS:
         raise RecipeError(f"effort is quick, balanced or best, not {effort!r}")
     calibration, search = _EFFORTS[effort]
-    rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64)]
     trains = gpu and effort == "best"
-    if trains:  # the fewer rungs, the more often each is trained
-        rungs = [_levels(1), _levels(2, 256), _levels(2), _levels(3), _levels(4)]
-    elif effort == "best":
-        rungs[3:] = [_gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
+    if levels is None:
+        levels = gpu or rounding.available()
+    rungs = _level_rungs(effort, trains) if levels else _integer_rungs(effort)
     rungs += [_gptq(5, 64, 8), _gptq(6, 64, 8), _gptq(8, 64, 8)]
     if effort == "quick":  # building rungs is half of its time
-        rungs = [_gptq(2, 32), _gptq(3, 64), _gptq(4, 64), _gptq(5, 64, 8), _gptq(8, 64, 8)]
+        del rungs[-2]
     return Recipe(
         seed=seed,
         calibration=calibration.model_copy(update={"text": text}),
@@ -274,6 +279,27 @@ def default_recipe(
         tune=_TRAINED if trains else Tune(),
         rules=(Rule(targets="*", rungs=tuple(rungs)),),
     )
+
+
+def _level_rungs(effort: str, trains: bool) -> list[RungSpec]:
+    """Rungs below 5 bits. Where they are trained, the fewer the more often each is."""
+    if effort == "quick":
+        return [_levels(2), _levels(3), _levels(4)]
+    if effort == "balanced":
+        return [_levels(2, 256), _levels(2), _levels(3), _levels(4)]
+    if trains:
+        return [_levels(1), _levels(2, 256), _levels(2), _levels(3), _levels(4)]
+    return [_levels(1), _levels(2, 256), _levels(2), _levels(3), _levels(3, 32), _levels(4),
+            _levels(4, 32)]  # fmt: skip
+
+
+def _integer_rungs(effort: str) -> list[RungSpec]:
+    """The same of integers."""
+    if effort == "quick":
+        return [_gptq(2, 32), _gptq(3, 64), _gptq(4, 64)]
+    if effort == "balanced":
+        return [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(4, 64)]
+    return [_gptq(2, 32), _gptq(3, 64), _gptq(3, 32), _gptq(3, 16), _gptq(4, 64), _gptq(4, 32)]
 
 
 def read_recipe(path: str | Path, base: Recipe) -> Recipe:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pliant.codes import GroupLevels
 from pliant.errors import PliantError
+from pliant.kernels.rounding import BlockKernels, block_kernels
 from pliant.methods.levels import LevelGrid
 from pliant.methods.quantize.gptq import shared_factor
 from pliant.observe.statistics import Statistics
@@ -71,21 +72,21 @@ def round_levels(
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
         columns = weight[rows].float().t()[order].contiguous()
-        if columns.is_cuda:
-            chosen = _round_on_gpu(columns, groups, factor, grid, rows)
+        kernels = block_kernels(columns.device)
+        if kernels is not None:
+            chosen = _round_blocks(kernels, columns, groups, factor, grid, rows)
         else:
             chosen = round_columns(columns, groups, factor, grid.columns(rows).nearest)
         index[rows, target] = chosen.t()
     return grid.pack(index)
 
 
-def _round_on_gpu(
-    columns: Tensor, groups: list[int], factor: Tensor, grid: LevelGrid, rows: slice
-) -> Tensor:
-    """As `round_columns`, a block of columns a launch."""
-    from pliant.kernels.triton.feedback import BLOCK, round_block_to_levels
-
-    device, width = columns.device, columns.shape[0]
+def _round_blocks(
+    kernels: BlockKernels, columns: Tensor, groups: list[int], factor: Tensor, grid: LevelGrid,
+    rows: slice,
+) -> Tensor:  # fmt: skip
+    """As `round_columns`, a block of columns a call."""
+    device, width, block = columns.device, columns.shape[0], kernels.BLOCK
     scales = grid.scales[rows].t().contiguous()
     tables = torch.zeros_like(scales, dtype=torch.int32)
     if grid.selector is not None:
@@ -93,11 +94,11 @@ def _round_on_gpu(
     levels, factor = grid.tables.contiguous(), factor.contiguous()
     of = torch.tensor(groups, dtype=torch.int32, device=device)
     chosen = torch.empty(columns.shape, dtype=torch.uint8, device=device)
-    errors = columns.new_empty(BLOCK, columns.shape[1])
-    for begin in range(0, width, BLOCK):
-        count = min(BLOCK, width - begin)
+    errors = columns.new_empty(block, columns.shape[1])
+    for begin in range(0, width, block):
+        count = min(block, width - begin)
         end = begin + count
-        round_block_to_levels(
+        kernels.round_block_to_levels(
             columns, chosen, errors, scales, tables, levels, of, factor, begin, count
         )
         if end < width:

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from pliant.codes import GroupLevels, GroupScales, PowerScales, power_scales, quantize_scales
 from pliant.errors import PliantError
+from pliant.kernels.cpu import rounding as native
 from pliant.observe.statistics import Statistics
 
 Scaling = Literal["free", "power", "ratio"]
@@ -115,6 +116,13 @@ def fit_levels(
     extra = -width % size
     if importance is None:
         importance = torch.ones(width, device=weight.device)
+    if scaling == "free" and not weight.is_cuda and native.available():
+        shares = _shares(bits, clip)
+        losses, scales, selector = native.search_levels(
+            weight, tables, importance, size, shares, _TINY
+        )
+        return _grid(bits, size, tables, quantize_scales(scales, scale_bits), selector,
+                     float(losses.sum()))  # fmt: skip
     importance = pad(importance.float(), (0, extra)).view(1, -1, size)
     shape = out, (width + extra) // size
     scales = torch.empty(shape, device=weight.device)
@@ -141,22 +149,34 @@ def fit_levels(
     else:
         exponents = torch.log2(scales / factors[:, None]).round()
         stored = power_scales(exponents, scale_bits, factors if scaling == "ratio" else None)
+    return _grid(bits, size, tables, stored, selector, loss)
+
+
+def _grid(
+    bits: int, size: int, tables: Tensor, stored: GroupScales | PowerScales, selector: Tensor,
+    loss: float,
+) -> LevelGrid:  # fmt: skip
     chosen = selector if len(tables) > 1 else None
     return LevelGrid(bits, size, tables, stored, stored.scales_as(), chosen, loss)
+
+
+def _shares(bits: int, clip: bool) -> list[float]:
+    """Scales to try, as shares of the one that clips nothing."""
+    count, floor = _CLIPS.get(bits, (1, 1.0)) if clip else (1, 1.0)
+    return [1.0 - step * (1.0 - floor) / max(count - 1, 1) for step in range(count)]
 
 
 def _search(
     groups: Tensor, tables: Tensor, importance: Tensor, bits: int, clip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, scale, table), each [rows, groups], of one tile [rows, groups, size]."""
-    count, floor = _CLIPS.get(bits, (1, 1.0)) if clip else (1, 1.0)
     low, high = groups.amin(-1), groups.amax(-1)
     best_loss = torch.full_like(low, torch.inf)
     best_scale, best_table = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.int64)
     for number, table in enumerate(tables):
         whole = torch.maximum(high / table[-1], low / table[0]).clamp_min(_TINY)
-        for step in range(count):
-            scale = whole * (1.0 - step * (1.0 - floor) / max(count - 1, 1))
+        for share in _shares(bits, clip):
+            scale = whole * share
             loss = _loss(groups, scale, table, importance)
             better = loss < best_loss
             best_loss = torch.where(better, loss, best_loss)

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pliant.kernels.cpu.structs import SIZES
 
@@ -61,6 +62,7 @@ def _built() -> Path:
     root = Path(os.environ.get("PLIANT_CACHE") or Path.home() / ".cache" / "pliant") / "kernels"
     found = root / f"{digest.hexdigest()[:24]}.so"
     if not found.exists():
+        log.warning("compiling the native kernels, once on this machine (up to a minute)")
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=root, prefix="build-") as work:
             made = _compiled(compiler, Path(work), sets)
@@ -115,6 +117,14 @@ def _load(path: Path) -> ctypes.CDLL:
     native.pliant_shared_floats.argtypes = [pointer]
     native.pliant_shared_floats.restype = number
     native.pliant_step.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+    real, team = ctypes.c_float, ctypes.c_int
+    native.pliant_search.argtypes = [
+        pointer, number, number, number, pointer, pointer, pointer, number, number, pointer,
+        number, real, pointer, pointer, pointer, team,
+    ]  # fmt: skip
+    block: list[Any] = [pointer, pointer, pointer, *(number,) * 4, pointer, pointer, pointer]
+    native.pliant_round_integers.argtypes = [*block, pointer, real, team]
+    native.pliant_round_levels.argtypes = [*block, pointer, pointer, pointer, number, team]
     sizes = (number * len(SIZES))()
     native.pliant_sizes(sizes)
     if list(sizes) != SIZES:

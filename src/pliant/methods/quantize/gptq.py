@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pliant.codes import GroupInt
 from pliant.errors import PliantError
+from pliant.kernels.rounding import BlockKernels, block_kernels
 from pliant.methods.catalog import method
 from pliant.methods.grid import Grid, fit_grid
 from pliant.observe import Statistics
@@ -121,8 +122,9 @@ def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order:
     size = width if grid.group_size <= 0 else grid.group_size
     scales = grid.scales[rows].t().contiguous()  # [groups, rows]
     zeros = grid.zeros[rows].t().contiguous()
-    if columns.is_cuda:
-        return _round_on_gpu(columns, scales, zeros, order // size, factor, grid.top)
+    kernels = block_kernels(columns.device)
+    if kernels is not None:
+        return _round_blocks(kernels, columns, scales, zeros, order // size, factor, grid.top)
     inverses = 1.0 / scales.clamp_min(1e-12)
     group = (order // size).tolist()
     diagonal = factor.diagonal().tolist()
@@ -144,20 +146,21 @@ def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order:
     return chosen
 
 
-def _round_on_gpu(
-    columns: Tensor, scales: Tensor, zeros: Tensor, group: Tensor, factor: Tensor, top: int
-) -> Tensor:
-    """As `_round_tile`, a block of columns a launch instead of some 150."""
-    from pliant.kernels.triton.feedback import BLOCK, round_block
-
-    width = columns.shape[0]
+def _round_blocks(
+    kernels: BlockKernels, columns: Tensor, scales: Tensor, zeros: Tensor, group: Tensor,
+    factor: Tensor, top: int,
+) -> Tensor:  # fmt: skip
+    """As `_round_tile`, a block of columns a call instead of some 150."""
+    width, block = columns.shape[0], kernels.BLOCK
     factor, group = factor.contiguous(), group.to(torch.int32)
     chosen = torch.empty(columns.shape, dtype=torch.uint8, device=columns.device)
-    errors = columns.new_empty(BLOCK, columns.shape[1])
-    for begin in range(0, width, BLOCK):
-        count = min(BLOCK, width - begin)
+    errors = columns.new_empty(block, columns.shape[1])
+    for begin in range(0, width, block):
+        count = min(block, width - begin)
         end = begin + count
-        round_block(columns, chosen, errors, scales, zeros, group, factor, begin, count, top)
+        kernels.round_block(
+            columns, chosen, errors, scales, zeros, group, factor, begin, count, top
+        )
         if end < width:
             columns[end:].addmm_(factor[begin:end, end:].t(), errors[:count], alpha=-1.0)
     return chosen

@@ -2,6 +2,7 @@
 #include "matrix.h"
 #include "vector.h"
 #include "product.h"
+#include "rounding.h"
 #include "step.h"
 
 #define NAME2(isa) pliant_kernels_##isa
@@ -10,4 +11,5 @@
 #define TEXT(isa) TEXT2(isa)
 
 extern "C" const Kernels NAME(PLIANT_ISA);
-const Kernels NAME(PLIANT_ISA) = {TEXT(PLIANT_ISA), matmul_job, decode_job, step_job};
+const Kernels NAME(PLIANT_ISA) = {TEXT(PLIANT_ISA), matmul_job, decode_job, step_job,
+                                search_job,      feedback_job};

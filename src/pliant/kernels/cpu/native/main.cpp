@@ -66,3 +66,33 @@ EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float*
   for (int64_t i = 0; i < 4 * step->layer_count + 1; i++) step->counters[i] = 0;
   return pool_run(kernels()->step, &job, threads);
 }
+
+EXPORT int pliant_search(const float* weight, int64_t rows, int64_t width, int64_t group,
+                         const float* importance, const float* levels, const float* middles,
+                         int64_t tables, int64_t count, const float* clip, int64_t clips,
+                         float smallest, float* loss, float* scale, int32_t* table, int threads) {
+  SearchJob job = {weight, rows, width, group,    importance, levels, middles, tables,
+                   count,  clip, clips, smallest, loss,       scale,  table,   0};
+  return pool_run(kernels()->search, &job, threads);
+}
+
+EXPORT int pliant_round_integers(const float* columns, uint8_t* chosen, float* errors, int64_t rows,
+                                 int64_t width, int64_t begin, int64_t count, const int32_t* groups,
+                                 const float* factor, const float* scales, const float* zeros,
+                                 float top, int threads) {
+  FeedbackJob job = {columns, chosen, errors,  rows,  width, begin,   count,   groups,
+                     factor,  scales, zeros,   top,   nullptr, nullptr, nullptr, 0,
+                     0};
+  return pool_run(kernels()->feedback, &job, threads);
+}
+
+EXPORT int pliant_round_levels(const float* columns, uint8_t* chosen, float* errors, int64_t rows,
+                               int64_t width, int64_t begin, int64_t count, const int32_t* groups,
+                               const float* factor, const float* scales, const int32_t* tables,
+                               const float* levels, const float* middles, int64_t level_count,
+                               int threads) {
+  FeedbackJob job = {columns, chosen, errors,  rows, width,  begin,  count,   groups,
+                     factor,  scales, nullptr, 0,    tables, levels, middles, level_count,
+                     0};
+  return pool_run(kernels()->feedback, &job, threads);
+}

@@ -65,6 +65,8 @@ struct Kernels {
   void (*matmul)(void* what, int member, Team* team);  // what: MatmulJob
   void (*decode)(void* what, int member, Team* team);  // what: DecodeJob
   void (*step)(void* what, int member, Team* team);    // what: StepJob
+  void (*search)(void* what, int member, Team* team);  // what: SearchJob
+  void (*feedback)(void* what, int member, Team* team);  // what: FeedbackJob
 };
 
 struct MatmulJob {
@@ -87,6 +89,38 @@ struct StepJob {
   const Step* step;
   int64_t token, position;
   float* logits;  // [vocabulary] or null: only the cache is written
+};
+
+// For each group of a matrix the scale and the table of least weighted squared error.
+struct SearchJob {
+  const float* weight;  // [rows, width]
+  int64_t rows, width, group;
+  const float* importance;        // [width]
+  const float *levels, *middles;  // [tables, count] rising, [tables, count - 1] between them
+  int64_t tables, count;
+  const float* clip;  // [clips]: scales to try, as shares of the one that clips nothing
+  int64_t clips;
+  float smallest;  // of the scales that clip nothing
+  float *loss, *scale;  // [rows, ceil(width / group)]
+  int32_t* table;       // the same
+  int64_t counter;
+};
+
+// A block of columns, rounded in order, each one's error fed to those after it (GPTQ).
+struct FeedbackJob {
+  const float* columns;  // [width, rows]
+  uint8_t* chosen;       // [width, rows]
+  float* errors;         // [32, rows]
+  int64_t rows, width, begin, count;
+  const int32_t* groups;  // [width]
+  const float* factor;    // [width, width] upper triangular
+  const float* scales;    // [groups, rows]
+  const float* zeros;     // [groups, rows], and top: for integers
+  float top;
+  const int32_t* tables;  // [groups, rows], and levels [any, level_count]: for levels
+  const float *levels, *middles;
+  int64_t level_count;
+  int64_t counter;
 };
 
 int team_size(const Team* team);
