@@ -15,32 +15,40 @@ inline bool take(int64_t* counter, int64_t step, int64_t end, int64_t* from, int
   return *from < end;
 }
 
-// Weighted squared error of n values, each at the level next to it.
+// Weighted squared error of `here` values of up to N, each at the level next to it.
+template <int N>
+inline float part_loss(const float* values, const float* importance, int here, const float* levels,
+                       const float* middles, int64_t count, float scale) {
+  const float inverse = 1.0f / scale;
+  float x[N], near[N], weight[N];
+  if (here == N) {
+    memcpy(x, values, sizeof x), memcpy(weight, importance, sizeof weight);
+  } else {
+    memset(x, 0, sizeof x), memset(weight, 0, sizeof weight);
+    memcpy(x, values, here * sizeof(float)), memcpy(weight, importance, here * sizeof(float));
+  }
+  for (int l = 0; l < N; l++) x[l] *= inverse, near[l] = levels[0];
+  for (int64_t k = 1; k < count; k++) {
+    const float middle = middles[k - 1], level = levels[k];
+    for (int l = 0; l < N; l++) near[l] = x[l] > middle ? level : near[l];
+  }
+  Floats sum = {};
+  for (int l = 0; l < N; l++) near[l] = (near[l] - x[l]) * scale;
+  for (int l = 0; l < N; l++) near[l] = near[l] * near[l] * weight[l];
+  for (int l = 0; l < N; l += kLanes) sum += load(near + l);
+  return sum_of(sum);
+}
+
+// Of a whole group: 64 at a time, so that a level is fetched once for four registers.
 inline float group_loss(const float* values, const float* importance, int64_t n,
                         const float* levels, const float* middles, int64_t count, float scale) {
-  const float inverse = 1.0f / scale;
   float sum = 0.0f;
-  for (int64_t from = 0; from < n; from += kLanes) {
-    const int here = n - from < kLanes ? (int)(n - from) : kLanes;
-    float x[kLanes], near[kLanes], weight[kLanes];
-    if (here == kLanes) {
-      memcpy(x, values + from, sizeof x), memcpy(weight, importance + from, sizeof weight);
-    } else {
-      memset(x, 0, sizeof x), memset(weight, 0, sizeof weight);
-      memcpy(x, values + from, here * sizeof(float));
-      memcpy(weight, importance + from, here * sizeof(float));
-    }
-    for (int l = 0; l < kLanes; l++) x[l] *= inverse, near[l] = levels[0];
-    for (int64_t k = 1; k < count; k++) {
-      const float middle = middles[k - 1], level = levels[k];
-      for (int l = 0; l < kLanes; l++) near[l] = x[l] > middle ? level : near[l];
-    }
-    Floats errors;
-    for (int l = 0; l < kLanes; l++) near[l] = (near[l] - x[l]) * scale;
-    for (int l = 0; l < kLanes; l++) near[l] = near[l] * near[l] * weight[l];
-    memcpy(&errors, near, sizeof errors);
-    sum += sum_of(errors);
-  }
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64)
+    sum += part_loss<64>(values + i, importance + i, 64, levels, middles, count, scale);
+  for (; i < n; i += kLanes)
+    sum += part_loss<kLanes>(values + i, importance + i, n - i < kLanes ? (int)(n - i) : kLanes,
+                             levels, middles, count, scale);
   return sum;
 }
 
