@@ -50,7 +50,7 @@ def leaves(draw: st.DrawFn, width: int) -> Code:
 
 @st.composite
 def codes(draw: st.DrawFn) -> Code:
-    width = draw(st.integers(1, 150) | st.sampled_from([256, 576, 1000, 1536, 9000]))
+    width = draw(st.integers(1, 150) | st.sampled_from([64, 128, 256, 576, 1000, 1536, 9000]))
     if draw(st.booleans()):
         return draw(leaves(width))
     return RowStack(tuple(draw(leaves(width)) for _ in range(3)))
@@ -81,6 +81,16 @@ def test_exact_products_agree_with_the_decoded_matrix(code, batch, dtype, stride
         assert error <= TOLERANCE[dtype] * max(scale, 1.0)
 
 
+def levels_err_by(code: Code) -> Tensor:
+    """Half a step of levels as integers of 8 bits, of each weight."""
+    if isinstance(code, RowStack):
+        return torch.cat([levels_err_by(part) for part in code.parts])
+    if not isinstance(code, GroupLevels):
+        return torch.zeros(code.shape, dtype=torch.float64)
+    step = code.tables.double().abs().amax() / 127 * code.scales_as(torch.float64)
+    return 0.501 * step.repeat_interleave(code.group_size, 1)[:, : code.width]
+
+
 @needs_native
 @settings(max_examples=150, deadline=None)
 @given(codes(), st.integers(1, 17), st.data())
@@ -95,7 +105,7 @@ def test_integer_products_err_by_half_a_step_of_their_inputs(code, batch, data) 
     decoded = code.decode().double()
     padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % 32))
     step = padded.unflatten(-1, (-1, 32)).amax(-1).repeat_interleave(32, -1)[:, : x.shape[1]] / 127
-    bound = 0.501 * step @ decoded.abs().T
+    bound = 0.501 * step @ decoded.abs().T + (x.double().abs() + step) @ levels_err_by(code).T
     scale = float((x.double().abs() @ decoded.abs().T).max())
     assert bool(((y - x.double() @ decoded.T).abs() <= bound + 2e-5 * max(scale, 1.0)).all())
 
@@ -110,6 +120,24 @@ def test_integer_products_are_exact_where_inputs_are_integers(isa: str, bits: in
         y = matmul(x, code)
     expected = x.double() @ code.decode().double().T
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=2e-2)
+
+
+@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize(
+    ("width", "group"), [(64, 16), (576, 64), (576, 32), (1536, 32), (1536, 999)]
+)
+def test_planes_that_meet_in_registers(bits: int, width: int, group: int) -> None:
+    torch.manual_seed(bits)
+    x = torch.randn(2, width)
+    made = [group_int(7, width, bits, group, 6)]
+    if bits <= 4:
+        made.append(group_levels(7, width, bits, group, tables=4, size=6))
+    for code in made:
+        with cpu.integer_activations():
+            y = matmul(x, code)
+        decoded = code.decode()
+        scale = float((x.abs() @ decoded.abs().T).max())
+        assert float((y - x @ decoded.T).abs().max()) <= 2e-2 * scale
 
 
 def test_what_is_not_a_number_stays_none(isa: str) -> None:

@@ -1,7 +1,8 @@
 """Native kernels of the CPU: products straight from the stored planes, in threads that stay.
 
 Activations meet codes in float32, as everywhere else. Inside `integer_activations` up to 16 of them
-meet group integers as integers of 8 bits, with a scale for every 32 of them. More than 16 meet
+meet group integers as integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do
+they meet group levels of up to 4 bits, whose levels are rounded to 8 bits. More than 16 meet
 decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs in
 plain torch.
 """

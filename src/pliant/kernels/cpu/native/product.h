@@ -1,5 +1,6 @@
 // Rows of a code, and their products with activations.
 #pragma once
+#include "arranged.h"
 #include "matrix.h"
 #include "vector.h"
 
@@ -47,6 +48,9 @@ struct Strip {
   float *wide, *offset;   // a block each
   float *row, *tables;    // [width], [kTables]
   uint8_t *bytes, *few, *more;
+#if defined(__AVX512VNNI__)
+  GroupReaders readers;
+#endif
 
   static int64_t rows(int64_t width) {
     const int64_t fit = kUnpacked / (width + kSlack);
@@ -168,13 +172,14 @@ struct Inputs {
   int64_t n, width, padded;
   int8_t* q;                 // [n, padded]
   float *scale[2], *sum[2];  // [n, room(0 or 1)]
+  int64_t orders;  // that are kept at once: a single input meets codes of all widths in turn
 
   static int64_t padding(int64_t width) { return up_to(width, 64); }
   static int64_t room_of(int64_t padded, int size) { return up_to(padded / (16 << size), 16); }
   static size_t bytes(int64_t n, int64_t width) {
     const int64_t padded = padding(width);
     return Space::bytes<int8_t>(n * padded) + 2 * Space::bytes<float>(n * room_of(padded, 0)) +
-           2 * Space::bytes<float>(n * room_of(padded, 1));
+           2 * Space::bytes<float>(n * room_of(padded, 1)) + arranged_bytes(n, padded);
   }
   Inputs(Space& space, int64_t most, int64_t widest) {
     const int64_t most_padded = padding(widest);
@@ -183,6 +188,8 @@ struct Inputs {
       scale[k] = space.take<float>(most * room_of(most_padded, k));
       sum[k] = space.take<float>(most * room_of(most_padded, k));
     }
+    orders = orders_of(most);
+    place_arranged(space, most, most_padded);
   }
 
   int64_t room(int size) const { return room_of(padded, size); }
@@ -197,9 +204,38 @@ struct Inputs {
         for (int64_t b = padded / (16 << k); b < room(k); b++)
           scale[k][c * room(k) + b] = sum[k][c * room(k) + b] = 0;
     }
+    forget_arranged();
+  }
+
+#if defined(__AVX512VNNI__)
+  // The inputs in the order of a code's vectors.
+  const Arrangement& arrangement(const Matrix& m) {
+    Arrangement& own = arranged[__builtin_ctz(parts_of(m.q.bits)) % orders];
+    own.arrange(m, q, padded, scale[1], room(1), sum[0], room(0), n);
+    return own;
   }
 
  private:
+  Arrangement arranged[4];
+
+  static size_t arranged_bytes(int64_t most, int64_t widest) {
+    return orders_of(most) * Space::bytes<char>(Arrangement::bytes(most, widest));
+  }
+  void place_arranged(Space& space, int64_t most, int64_t widest) {
+    for (int64_t k = 0; k < orders; k++)
+      arranged[k].place(space.take<char>(Arrangement::bytes(most, widest)), most, widest);
+  }
+  void forget_arranged() {
+    for (Arrangement& own : arranged) own.width = 0;
+  }
+#else
+ private:
+  static size_t arranged_bytes(int64_t, int64_t) { return 0; }
+  void place_arranged(Space&, int64_t, int64_t) {}
+  void forget_arranged() {}
+#endif
+  static int64_t orders_of(int64_t most) { return most == 1 ? 4 : 1; }
+
   void round_block(int64_t c, int64_t i) {
     float part[32];
     const int64_t count = width - i < 32 ? (width - i > 0 ? width - i : 0) : 32;
@@ -367,13 +403,19 @@ inline int block_of(const Matrix& m) {
 
 inline bool wants_integers(const Linear& linear, bool exact) {
   for (int64_t p = 0; p < linear.count && !exact; p++)
-    if (block_of(linear.parts[p])) return true;
+    if (block_of(linear.parts[p]) || arranges(linear.parts[p])) return true;
   return false;
 }
 
 // Rows from .. to of one code times every input: y[c * stride + row - from].
-inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, const Inputs& in, bool exact,
+inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, Inputs& in, bool exact,
                         float* y, int64_t stride, Strip& strip) {
+#if defined(__AVX512VNNI__)
+  if (!exact && arranges(m)) {
+    read_groups(m, strip.readers);
+    return arranged_product(m, in.arrangement(m), strip.readers, from, to - from, y, stride);
+  }
+#endif
   const int block = exact ? 0 : block_of(m);
   const int64_t most = Strip::rows(m.width);
   strip.begin(m);
@@ -399,7 +441,7 @@ inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, const Inputs&
 }
 
 // The same through all parts of a weight, with its bias.
-__attribute__((noinline)) void linear_rows(const Linear& linear, int64_t from, int64_t to, const Inputs& in,
+__attribute__((noinline)) void linear_rows(const Linear& linear, int64_t from, int64_t to, Inputs& in,
                         bool exact, float* y, int64_t stride, Strip& strip) {
   int64_t start = 0;
   for (int64_t p = 0; p < linear.count && start < to; p++) {

@@ -111,7 +111,7 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
 }
 
 // Rows of several weights below each other, each to its own y.
-void together(const Linear* const* linears, float* const* y, int count, const Inputs& in,
+void together(const Linear* const* linears, float* const* y, int count, Inputs& in,
               bool exact, Pieces pieces, Strip& strip) {
   for (int64_t from, to; pieces.take(&from, &to);) {
     int64_t start = 0;
@@ -125,7 +125,7 @@ void together(const Linear* const* linears, float* const* y, int count, const In
   }
 }
 
-void add_product(const Linear& linear, const Inputs& in, bool exact, Pieces pieces, float* sum,
+void add_product(const Linear& linear, Inputs& in, bool exact, Pieces pieces, float* sum,
                  Strip& strip) {
   float part[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
@@ -134,7 +134,7 @@ void add_product(const Linear& linear, const Inputs& in, bool exact, Pieces piec
   }
 }
 
-void gated_product(const Layer& layer, const Inputs& in, bool exact, Pieces pieces, float* out,
+void gated_product(const Layer& layer, Inputs& in, bool exact, Pieces pieces, float* out,
                    Strip& strip) {
   float gate[kRows], up[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
