@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,6 +19,26 @@ from tests.codes.forms import group_int, group_levels
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 needs_native = pytest.mark.skipif(build.library() is None, reason="there is no C++ compiler")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def asked_for_integers() -> Iterator[None]:
+    """What `integer_activations` waits for; products outside of it stay in 32 bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PLIANT_NATIVE", "int8")
+        yield
+
+
+@needs_native
+def test_integers_wait_until_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    code, x = group_int(5, 64), torch.randn(1, 64)
+    plain = matmul(x, code)
+    with cpu.integer_activations():
+        assert not torch.equal(matmul(x, code), plain)
+        monkeypatch.delenv("PLIANT_NATIVE")
+    with cpu.integer_activations():
+        assert torch.equal(matmul(x, code), plain)
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512"])

@@ -71,7 +71,7 @@ class NativeStep:
         codes = [weight.code for weight in self._weights]  # they stay until the call is over
         to = address(logits, (self.vocabulary,), torch.float32)
         position = cache.layers[0].length
-        self._step.exact = os.environ.get("PLIANT_NATIVE") == "exact"
+        self._step.exact = os.environ.get("PLIANT_NATIVE") != "int8"
         threads = torch.get_num_threads()
         if not self._native.pliant_step(ctypes.byref(self._step), token, position, to, threads):
             return False
