@@ -61,6 +61,7 @@ class Result:
     note: str = ""
     outer_bytes: int | None = None  # None: embedding and head were left in 16 bits
     seconds: float | None = None  # None: the whole call is the peer's own work
+    saved_at: float | None = None  # time.time() when the peer had written its output
 
 
 def main(
@@ -125,6 +126,7 @@ def write(out: Path, peer: str, version: str, job: Job, result: Result, seconds:
         "seconds": round(seconds, 1),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "note": result.note,
+        **({} if result.saved_at is None else {"saved_at": result.saved_at}),
     }
     (out / "point.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 

@@ -14,6 +14,7 @@ g_idx, one int32 an input.
 from __future__ import annotations
 
 import os
+import time
 
 import torch
 from _common import GROUP, Job, Result, main, modules, per_kind, stored_bytes
@@ -48,6 +49,7 @@ def make(job: Job) -> Result:
     model.quantize(windows, batch_size=8 if device == "cuda" else 1)
     saved = job.work / "saved"
     model.save(str(saved))
+    saved_at = time.time()
     del model
     names = modules(job.source)
     kinds = stored_bytes(saved, names)
@@ -55,7 +57,8 @@ def make(job: Job) -> Result:
     weights = {
         f"{name}.weight": read.model.get_submodule(name).dequantize_weight().T for name in names
     }
-    return Result(weights, sum(kinds.values()), note=f"{len(ids)} windows; {per_kind(kinds)}")
+    note = f"{len(ids)} windows; {per_kind(kinds)}"
+    return Result(weights, sum(kinds.values()), note=note, saved_at=saved_at)
 
 
 if __name__ == "__main__":
