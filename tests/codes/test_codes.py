@@ -193,6 +193,16 @@ def test_permuted_places_columns() -> None:
     assert torch.equal(Permuted.by(Dense(weight[:, order]), order).decode(), weight)
 
 
+def test_rows_of_a_stack_without_looking_where_they_lie() -> None:
+    """What a CUDA graph takes, where no place may be waited for."""
+    stack = RowStack(tuple(Dense(torch.randn(rows, 5)) for rows in (3, 1, 4)))
+    index = torch.tensor([7, 0, 3, 3, 2, 4])
+    torch.testing.assert_close(
+        stack._rows_of_all(index, torch.float64), stack.decode(torch.float64)[index]
+    )
+    assert torch.equal(stack._rows_of_all(index, torch.float32), stack.rows(index))
+
+
 def test_low_rank_of_full_rank_restores() -> None:
     weight = torch.randn(9, 14)
     u, s, v = torch.linalg.svd(weight, full_matrices=False)

@@ -59,6 +59,32 @@ def test_gradients_pass_straight_through_rounding_and_stop_outside_the_grid() ->
     assert latent.log_scale.grad.abs().min() > 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_pass_gives_the_gradients_of_one_that_is_not(
+    llama: Path, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(llama)
+    fit(
+        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
+    )
+    artifact = Artifact.open(tmp_path / "out")
+    model = StreamedModel(checkpoint, resident=True, device="cuda")
+    student = tune_module._Student(model, artifact.ladder, artifact.load_code, {})
+    student.go_to(artifact.ladder.smallest_bytes)
+    ids = torch.randint(0, 64, (4, 32))
+    hidden = model.capture(ids)
+    gradients = []
+    for alone in (True, False):  # what is alone is captured, on its first call
+        student._graph = None
+        for leaf in student._leaves.values():
+            leaf.grad = None
+        student.run(ids, hidden, 1.0, alone=alone)
+        assert (student._graph is not None) == alone
+        gradients.append({n: leaf.grad.clone() for n, leaf in student._leaves.items()})
+    for name, captured in gradients[0].items():
+        torch.testing.assert_close(captured, gradients[1][name], rtol=0.02, atol=1e-6)
+
+
 def test_tuning_lowers_damage_at_every_size_and_changes_no_size(
     llama: Path, tmp_path: Path
 ) -> None:

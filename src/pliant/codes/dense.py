@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pliant.codes.base import Code, Stored, form
@@ -33,7 +34,10 @@ class Dense(Code):
         return self.values.shape[0], self.values.shape[1]
 
     def rows(self, index: slice | Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self.values[index].to(dtype, copy=isinstance(index, slice))
+        if isinstance(index, slice):
+            return self.values[index].to(dtype, copy=True)
+        # The gradient of an embedding is gathered much faster than that of an index.
+        return F.embedding(index, self.values).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
         return {"values": self.values}

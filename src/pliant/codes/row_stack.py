@@ -48,12 +48,23 @@ class RowStack(Code):
             empty = torch.empty(0, width, dtype=dtype, device=self.device)
             return torch.cat(pieces) if pieces else empty
         wanted = torch.arange(out, device=self.device)[index]
+        if wanted.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._rows_of_all(wanted, dtype)
         decoded = torch.empty(len(wanted), width, dtype=dtype, device=self.device)
         for part, start in zip(self.parts, self.starts(), strict=True):
             inside = (wanted >= start) & (wanted < start + part.shape[0])
             position = inside.nonzero()[:, 0]
             if position.numel():
                 decoded[position] = part.rows(wanted[position] - start, dtype)
+        return decoded
+
+    def _rows_of_all(self, wanted: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows [n], read from every part: in a CUDA graph nothing may wait for their places."""
+        decoded = torch.zeros(len(wanted), self.shape[1], dtype=dtype, device=self.device)
+        for part, start in zip(self.parts, self.starts(), strict=True):
+            inside = (wanted >= start) & (wanted < start + part.shape[0])
+            found = part.rows((wanted - start).clamp(0, part.shape[0] - 1), dtype)
+            decoded = torch.where(inside[:, None], found, decoded)
         return decoded
 
     def tensors(self) -> dict[str, Tensor]:

@@ -9,16 +9,19 @@ Once-for-All: Train One Network and Specialize it for Efficient Deployment (samp
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import DynamicCache
 
 from pliant.codes import Code, Dense
 from pliant.errors import PliantError
@@ -26,13 +29,15 @@ from pliant.fit.recipe import Tune
 from pliant.ladder import Ladder
 from pliant.ladder.output import told_when_full
 from pliant.methods.latent import Latent, latent_of
-from pliant.model import StreamedModel, coded_model, swap
+from pliant.model import StreamedModel, coded_model
 
 Progress = Callable[[int, int], None]
 Load = Callable[[str, int], Code]
 Key = tuple[str, int]  # target, rung
 
+_LOG = logging.getLogger(__name__)
 _SAVE_SECONDS = 300.0
+_AGREEMENT = 0.05  # of a gradient in 16 bits, summed in another order
 
 
 def tune(
@@ -77,9 +82,9 @@ def tune(
             group["lr"] = group["rate"] * _schedule(step, settings.steps)
         optimizer.zero_grad(set_to_none=True)
         student.go_to(size)
-        for part in torch.split(rows, settings.at_once):
-            loss = _divergence(model, student.module, ids[part], hidden[part])
-            (loss * (len(part) / len(rows))).backward()  # type: ignore[no-untyped-call]
+        parts = torch.split(rows, settings.at_once)
+        for part in parts:
+            student.run(ids[part], hidden[part], len(part) / len(rows), alone=len(parts) == 1)
         student.backward()
         optimizer.step()
         if progress is not None:
@@ -104,46 +109,173 @@ def trained_sizes(ladder: Ladder, settings: Tune) -> tuple[int, int]:
 
 
 class _Student:
-    """The model at one size after another, its trained rungs as differentiable matrices."""
+    """The model at one size after another, its trained rungs as differentiable matrices.
+
+    Every matrix has its place for good, so that on a GPU a pass forward and back is captured once
+    as a CUDA graph and replayed for all sizes.
+    """
 
     def __init__(
         self, model: StreamedModel, ladder: Ladder, load: Load, latents: dict[Key, Latent]
     ) -> None:
         self._model, self._ladder, self._load, self._latents = model, ladder, load, latents
         # 16 bits where the multiply is done in them.
-        self._dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
-        empty = torch.zeros((), dtype=self._dtype)
-        codes: dict[str, Code] = {t.name: Dense(empty.expand(t.shape)) for t in model.targets}
-        self.module = coded_model(model.config, codes, dict(model.others())).to(model.device)
+        dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32
+        self._leaves = {
+            target.name: torch.zeros(
+                target.shape, dtype=dtype, device=model.device, requires_grad=True
+            )
+            for target in model.targets
+        }
+        codes: dict[str, Code] = {name: Dense(leaf) for name, leaf in self._leaves.items()}
+        self._module = coded_model(model.config, codes, dict(model.others())).to(model.device)
         self._held: dict[str, int] = {}
-        self._weights: list[Tensor] = []  # with the graph back to their latents
-        self._leaves: list[Tensor] = []  # what the module holds: gradients add up over parts
+        self._weights: dict[str, Tensor] = {}  # with the graph back to their latents
+        self._graph: _Captured | None = None
+        # A router's choices are not for a graph.
+        self._captures = model.device.type == "cuda" and all(
+            target.expert is None for target in model.targets
+        )
 
     def go_to(self, size: int) -> None:
         """Hold the ladder's rungs for `size` bytes of weights."""
-        self._weights, self._leaves = [], []
+        self._weights = {}
         for name, index in self._ladder.allocation(size).items():
-            latent = self._latents.get((name, index))
+            latent, leaf = self._latents.get((name, index)), self._leaves[name]
+            if self._graph is None:
+                leaf.grad = None
             if latent is not None:
                 self._held.pop(name, None)
                 weight = latent.weight()
-                leaf = weight.detach().to(self._dtype).requires_grad_(True)
-                self._weights.append(weight)
-                self._leaves.append(leaf)
-                swap(self.module, name, Dense(leaf))
+                self._weights[name] = weight
+                leaf.data.copy_(weight.detach())
             elif self._held.get(name) != index:
                 self._held[name] = index
                 code = self._load(name, index).to(self._model.device)
-                swap(self.module, name, Dense(code.decode(self._dtype)))
+                leaf.data.copy_(code.decode(leaf.dtype))
+
+    def run(self, ids: Tensor, hidden: Tensor, share: float, *, alone: bool) -> None:
+        """Add `share` of the gradient of the divergence on ids [b, T] to the matrices'.
+
+        hidden: the original's last hidden states [b, T, H]. alone: no other part of the step's
+        text is added, and all steps have this shape.
+        """
+        device = self._model.device
+        ids, hidden = ids.to(device), hidden.to(device, self._model.dtype)
+        with torch.no_grad():  # what follows each token by the original, [b, T, vocabulary]
+            original = self._model.tail(hidden).float()
+        if alone and self._captures and self._graph is None:
+            self._captures = False  # once: what cannot be captured runs as it is
+            self._graph = _Captured.of(self._divergence, ids, original, self._leaves.values())
+        if self._graph is not None:
+            self._graph.replay(ids, original)
+            return
+        loss = self._divergence(ids, original)
+        (loss * share).backward()  # type: ignore[no-untyped-call]
 
     def backward(self) -> None:
         """Carry the gradients that the module's matrices have gathered to the latents."""
         pairs = [
-            (weight, leaf.grad.float())
-            for weight, leaf in zip(self._weights, self._leaves, strict=True)
-            if leaf.grad is not None  # an expert may have seen no token
+            (weight, gradient.float())
+            for name, weight in self._weights.items()
+            if (gradient := self._leaves[name].grad) is not None  # an expert may see no token
         ]
         torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
+
+    def _divergence(self, ids: Tensor, original: Tensor) -> Tensor:
+        """Mean KL, nats a token, of the student from the logits `original` on ids [b, T]."""
+        kind = self._model.device.type
+        theirs = original.log_softmax(-1)
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            logits = self._module(
+                input_ids=ids, past_key_values=_PassThrough(), use_cache=False
+            ).logits
+        own = logits.float().log_softmax(-1)
+        return torch.nn.functional.kl_div(
+            own.flatten(0, 1), theirs.flatten(0, 1), reduction="batchmean", log_target=True
+        )
+
+
+class _PassThrough(DynamicCache):  # type: ignore[misc]
+    """A cache that keeps nothing.
+
+    Without one, transformers looks for packed sequences in the positions and waits for the GPU.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+
+class _Captured:
+    """A pass forward and back as a CUDA graph: a thousand launches become one."""
+
+    def __init__(self, ids: Tensor, original: Tensor, graph: torch.cuda.CUDAGraph) -> None:
+        self._ids, self._original, self._graph = ids, original, graph
+
+    @classmethod
+    def of(
+        cls,
+        loss: Callable[[Tensor, Tensor], Tensor],
+        ids: Tensor,
+        original: Tensor,
+        leaves: Iterable[Tensor],
+    ) -> _Captured | None:
+        """The graph of `loss(ids, original).backward()`; None for a model that has none.
+
+        Each replay overwrites the leaves' gradients.
+        """
+        leaves = list(leaves)
+        device = leaves[0].device
+        ids, original = ids.clone(), original.clone()
+        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        aside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(aside):  # libraries set themselves up
+            for _ in range(2):
+                loss(ids, original).backward()  # type: ignore[no-untyped-call]
+        torch.cuda.current_stream(device).wait_stream(aside)
+        for leaf in leaves:
+            leaf.grad = None
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                loss(ids, original).backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:  # it chooses by values, or a kernel of it waits
+            torch.cuda.synchronize(device)
+            _LOG.info("training without a CUDA graph: %s", error)
+            for leaf in leaves:
+                leaf.grad = None
+            return None
+        found = cls(ids, original, graph)
+        return found if found._agrees(loss, leaves) else None
+
+    def _agrees(self, loss: Callable[[Tensor, Tensor], Tensor], leaves: Sequence[Tensor]) -> bool:
+        """Whether a replay gives the gradients that the pass itself gives; a model may choose."""
+        self._graph.replay()
+        replayed = [leaf.grad for leaf in leaves]
+        for leaf in leaves:
+            leaf.grad = None
+        loss(self._ids, self._original).backward()  # type: ignore[no-untyped-call]
+        for leaf, gradient in zip(leaves, replayed, strict=True):
+            own, leaf.grad = leaf.grad, gradient
+            if own is None or gradient is None:
+                agree = own is gradient
+            else:
+                apart = torch.linalg.vector_norm(own.float() - gradient.float())
+                agree = bool(apart <= _AGREEMENT * torch.linalg.vector_norm(own.float()))
+            if not agree:
+                _LOG.info("training without a CUDA graph: its gradients differ")
+                for other in leaves:
+                    other.grad = None
+                return False
+        return True
+
+    def replay(self, ids: Tensor, original: Tensor) -> None:
+        """Set the leaves' gradients for ids [b, T], of the shape that was captured."""
+        self._ids.copy_(ids)
+        self._original.copy_(original)
+        self._graph.replay()
 
 
 def _latents(
@@ -167,21 +299,6 @@ def _latents(
 def _last_hidden(model: StreamedModel, ids: Tensor) -> Tensor:
     """The original's last hidden states [n, T, H] in 16 bits, in main memory."""
     return torch.cat([model.capture(part).bfloat16().cpu() for part in torch.split(ids, 32)])
-
-
-def _divergence(
-    model: StreamedModel, student: torch.nn.Module, ids: Tensor, hidden: Tensor
-) -> Tensor:
-    """Mean KL, nats a token, of the student from the original on ids [b, T]."""
-    device = model.device
-    with torch.no_grad():
-        original = model.tail(hidden.to(device, model.dtype)).float().log_softmax(-1)
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        logits = student(input_ids=ids.to(device), use_cache=False).logits
-    theirs = logits.float().log_softmax(-1)
-    return torch.nn.functional.kl_div(
-        theirs.flatten(0, 1), original.flatten(0, 1), reduction="batchmean", log_target=True
-    )
 
 
 def _plan(

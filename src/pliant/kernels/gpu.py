@@ -5,8 +5,8 @@ added in it. Up to 64: the Triton kernel. More (prefill): decoded by one Triton 
 number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
 take all; without Triton, or where gradients are asked for, the reference does.
 
-Off unless PLIANT_GPU_KERNELS=1 is in the environment: the CUDA kernel's source has run on a CPU
-only (tests/kernels/cuda_emulation). Off, the reference multiplies.
+Off unless PLIANT_GPU_KERNELS=1 is in the environment: products were checked on an H200
+(bench/kernels.py), whole models were not yet. Off, the reference multiplies.
 
 All read the bytes as they are stored. A sparse term costs 4 bytes a row and up to 3 a value more.
 """
