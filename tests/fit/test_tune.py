@@ -59,6 +59,12 @@ def test_gradients_pass_straight_through_rounding_and_stop_outside_the_grid() ->
     assert latent.log_scale.grad.abs().min() > 0
 
 
+def test_the_rate_of_integers_falls_with_their_width() -> None:
+    settings = Tune(rate=8e-3, rate_fall=1.5)
+    assert [settings.rate_of(bits) for bits in (1, 2, 4)] == [8e-3, 8e-3, 1e-3]
+    assert Tune().rate_of(8) == Tune().rate
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_pass_gives_the_gradients_of_one_that_is_not(
     llama: Path, tmp_path: Path

@@ -161,7 +161,8 @@ class Tune(_Strict):
     """Training of all rungs together after the climb is known; no steps: none.
 
     bits: weights of sizes between these, in bits a weight, are trained. rate: of integers, in
-    steps of their grid; scale_rate: of scales, relative. batch: sequences a step, `at_once` of
+    steps of their grid, `rate_fall` halvings lower for each bit of width beyond two; scale_rate: of
+    scales, relative. batch: sequences a step, `at_once` of
     them in memory. sequences: of text to train on.
     """
 
@@ -170,8 +171,13 @@ class Tune(_Strict):
     batch: int = Field(default=16, ge=1)
     at_once: int = Field(default=16, ge=1)
     rate: float = Field(default=4e-3, gt=0)
+    rate_fall: float = Field(default=0.0, ge=0)
     scale_rate: float = Field(default=2e-3, gt=0)
     bits: tuple[float, float] = (0.0, 5.0)
+
+    def rate_of(self, width: int) -> float:
+        """The rate of integers of `width` bits."""
+        return float(self.rate * 0.5 ** (self.rate_fall * max(width - 2, 0)))
 
 
 class Reconstruct(_Strict):

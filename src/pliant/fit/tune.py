@@ -64,9 +64,13 @@ def tune(
     low, high = trained_sizes(ladder, settings)
     latents = _latents(model, ladder, load, low, high)
     student = _Student(model, ladder, load, latents)
+    widths: dict[int, list[Tensor]] = {}
+    for latent in latents.values():
+        widths.setdefault(latent.bits, []).append(latent.position)
     optimizer = torch.optim.Adam(
         [
-            {"params": [latent.position for latent in latents.values()], "rate": settings.rate},
+            *({"params": positions, "rate": settings.rate_of(bits)}
+              for bits, positions in sorted(widths.items())),
             {"params": [latent.log_scale for latent in latents.values()],
              "rate": settings.scale_rate},
         ],

@@ -27,6 +27,7 @@ class Latent(ABC):
 
     position: Tensor
     log_scale: Tensor
+    bits: int
     scale_bits: int
     width: int
     group_size: int
@@ -70,7 +71,8 @@ class LatentInt(Latent):
 
     def __init__(self, code: GroupInt, weight: Tensor) -> None:
         self._code = code
-        self.scale_bits, self.width = code.stored_scales.bits, code.width
+        self.bits, self.width = code.bit_width, code.width
+        self.scale_bits = code.stored_scales.bits
         self.group_size, self._top = code.group_size, 2**code.bit_width - 1
         self._zeros = code.zeros_as()[..., None]
         scales = code.scales_as().clamp_min(1e-8)
@@ -103,7 +105,8 @@ class LatentLevels(Latent):
 
     def __init__(self, code: GroupLevels, stored: GroupScales, weight: Tensor) -> None:
         self._code = code
-        self.scale_bits, self.width = stored.bits, code.width
+        self.bits, self.width = code.bit_width, code.width
+        self.scale_bits = stored.bits
         self.group_size = code.group_size
         tables = code.tables.float()
         # A position's unit is a mean step of the tables, so that rates mean what they do for
