@@ -36,9 +36,9 @@ class Machine:
             def seconds(self, step, budget):
                 machine.timed.append("token")
                 layers = text_config(config).num_hidden_layers
-                kind = calibrate.kind_of(calibrate.group_int(64, 64).meta())
+                kind = calibrate.kind_of(calibrate.SAMPLE(64, 64).meta())
                 inside = sum(
-                    product_seconds(calibrate.group_int(p.out, p.width), 1.0 if step else 2.0)
+                    product_seconds(calibrate.SAMPLE(p.out, p.width), 1.0 if step else 2.0)
                     for p in calibrate._products(config, kind)
                 )
                 return {str(at): inside + layers * (LAYER + POSITION * at) for at in (16, 512)}

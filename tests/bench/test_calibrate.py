@@ -55,6 +55,7 @@ def test_what_is_known_is_not_timed_again(artifact, machine, tmp_path, monkeypat
     kinds = len(first.ways[STEP][0])
     costs_of_config(tiny_config(), ["int3"])  # another kind: its products and no more
     assert "token" not in machine.timed
+    assert STEP in machine.timed
     shapes = {(p.out, p.width) for p in products_of_config(tiny_config(), "int3")}
     kept = json.loads((tmp_path / "speed.json").read_text())
     (entry,) = kept.values()
@@ -73,6 +74,14 @@ def test_what_changes_the_speed_is_timed_again(artifact, machine, monkeypatch):
         costs_of_artifact(artifact)
         assert "token" in machine.timed
         assert STEP in machine.timed
+
+
+def test_all_is_timed_again_on_demand(artifact, machine):
+    costs_of_artifact(artifact)
+    first = list(machine.timed)
+    machine.timed.clear()
+    costs_of_artifact(artifact, refresh=True)
+    assert machine.timed == first
 
 
 def test_a_cache_that_says_something_else_is_ignored(artifact, machine, tmp_path):

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import torch
 
-from pliant.bench.samples import COMMON, GROUP, Sample, group_int
-from pliant.bench.stand_in import StandIn, stand_in_layers
+from pliant.bench.samples import COMMON, GROUP, Sample
+from pliant.bench.stand_in import SAMPLE, StandIn, stand_in_layers
 from pliant.bench.timing import Timer, beyond_cache, copies, time_in_step, time_product
 from pliant.codes import Code
 from pliant.codes.base import one_thread
@@ -47,9 +47,13 @@ def costs_of_artifact(
     *,
     batch: int = 1,
     seconds: float = SECONDS,
+    refresh: bool = False,
     progress: Progress | None = None,
 ) -> Costs | None:
-    """What a token costs with any of an artifact's rungs; what is not known yet is measured."""
+    """What a token costs with any of an artifact's rungs.
+
+    What is not known yet is measured, and with `refresh` all of it. seconds: for each product.
+    """
     sources: dict[Product, Source] = {}
     for target in artifact.targets:
         for rung in artifact.ladder.rungs[target["name"]]:
@@ -58,7 +62,7 @@ def costs_of_artifact(
                 sources[product] = _rung_source(artifact, rung.target, rung.index)
     return calibrate(
         artifact.config(), sources, torch.device(device), batch=batch, seconds=seconds,
-        progress=progress,
+        refresh=refresh, progress=progress,
     )  # fmt: skip
 
 
@@ -104,6 +108,7 @@ def calibrate(
     *,
     batch: int = 1,
     seconds: float = SECONDS,
+    refresh: bool = False,
     progress: Progress | None = None,
     timers: Mapping[str, Timer] = TIMERS,
     stand_in: Callable[..., Any] = StandIn,
@@ -114,14 +119,14 @@ def calibrate(
     None where this machine's memory does not hold a few layers.
     """
     small = with_layers(config, stand_in_layers(config, beyond_cache(device)))
-    own = _products(small, kind_of(group_int(GROUP, GROUP).meta()))
+    own = _products(small, kind_of(SAMPLE(GROUP, GROUP).meta()))
     if 2 * sum(p.out * p.width for p in own) > psutil.virtual_memory().available:
         return None
-    wanted = {p: _sample_source(group_int, p) for p in own} | dict(sources)
+    wanted = {p: _sample_source(SAMPLE, p) for p in own} | dict(sources)
     kept_all = kept.read(_FILE)
     key, version = f"{machine(device)}, batch {batch}", kernels_version()
     entry: Any = kept_all.get(key, {})
-    if not isinstance(entry, dict) or entry.get("kernels") != version:
+    if refresh or not isinstance(entry, dict) or entry.get("kernels") != version:
         entry = {"kernels": version, "products": {}, "tokens": {}}
 
     ways = [STEP, MODULES] if device.type == "cpu" and batch == 1 else [MODULES]
