@@ -6,7 +6,8 @@ Writes bench/results/speed_prediction.{json,md}. The prediction is what `pliant 
 token's products, each timed alone with codes of its kind and shape, and what is between them. It is
 made anew (--kept takes what the cache directory holds) and before anything is measured. Measured
 is what `pliant.measure.speed` measures on one running model, resized; rounds go over all sizes in
-turn, and a figure is the median of its rounds.
+turn, and a figure is the median of its rounds. Runs of other artifacts or numbers of threads stay
+in the results.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pliant.plan.bandwidth import bandwidth
 from pliant.run import load
 
 RESULTS = Path(__file__).parent / "results"
-PROMPT, ANSWER = 32, 16
+PROMPT, ANSWER = 8, 24
 POSITION = PROMPT + ANSWER // 2
 TARGET = 0.15
 
@@ -41,7 +42,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kept", action="store_true", help="predict from what is kept")
     given = parser.parse_args()
-    runs = []
+    path = RESULTS / "speed_prediction.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
     for threads in given.threads:
         torch.set_num_threads(threads)
         for directory in given.artifacts:
@@ -51,8 +53,10 @@ def main() -> None:
             took = time.perf_counter() - began
             about = {"artifact": directory.name, "threads": threads, "calibration_seconds": took}
             rows = compare(artifact, costs, given.sizes, given.rounds)
+            same = (directory.name, threads)
+            runs = [run for run in runs if (run["artifact"], run["threads"]) != same]
             runs.append(about | {"load": os.getloadavg()[0], "rows": rows})
-    write(runs, given.rounds)
+    write(sorted(runs, key=lambda run: (-run["threads"], run["artifact"])), given.rounds)
 
 
 def compare(artifact: Artifact, costs: Any, count: int, rounds: int) -> list[dict[str, Any]]:

@@ -54,14 +54,15 @@ def costs_of_artifact(
 
     What is not known yet is measured, and with `refresh` all of it. seconds: for each product.
     """
+    config = artifact.config()
     sources: dict[Product, Source] = {}
     for target in artifact.targets:
         for rung in artifact.ladder.rungs[target["name"]]:
-            product = _product(artifact.config(), target, rung.meta)
+            product = _product(config, target, rung.meta)
             if product.count and product not in sources:
                 sources[product] = _rung_source(artifact, rung.target, rung.index)
     return calibrate(
-        artifact.config(), sources, torch.device(device), batch=batch, seconds=seconds,
+        config, sources, torch.device(device), batch=batch, seconds=seconds,
         refresh=refresh, progress=progress,
     )  # fmt: skip
 
