@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,12 +14,14 @@ from torch import Tensor
 from pliant.codes import Code, RowStack, from_tensors
 from pliant.kernels import cpu, matmul
 from pliant.kernels.cpu import integer_activations
+from pliant.kernels.cpu.structs import describe
 
 Timer = Callable[[list[Code], Tensor, float], float]
 
 _SAMPLE = 1e-3  # seconds: far above the clock's step, below what another process takes at once
 _LONG_SAMPLE = 1e-2  # far above what it takes to wake threads
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+_PART = 16  # one code in so many tells how many fill a sample
 _MOST_COPIES = 1024
 _UNKNOWN_CACHE = 32 << 20
 
@@ -35,18 +37,26 @@ def time_in_step(codes: list[Code], x: Tensor, seconds: float) -> float:
     Many of them below each other in one call: in a step, threads are awake already.
     """
     with integer_activations():
-        whole = RowStack(tuple(codes))
+        some = max(1, len(codes) // _PART)
+        first = _described(codes[:some])
         began = time.perf_counter()
-        cpu.group_int(x, whole)
-        calls = max(1, int((time.perf_counter() - began) / _LONG_SAMPLE))
-        size = -(-len(codes) // calls)
-        stacks = [RowStack(tuple(codes[i : i + size])) for i in range(0, len(codes), size)]
-        stacks = stacks[:-1] or stacks  # the last may be shorter
-        each = stacks[0].shape[0] // codes[0].shape[0]
-        return (
-            time_calls(lambda turn: cpu.group_int(x, stacks[turn % len(stacks)]), seconds, x.device)
-            / each
-        )
+        cpu.group_int(x, first)
+        each = max(time.perf_counter() - began, 1e-9) / some
+        size = min(len(codes), max(1, round(_LONG_SAMPLE / each)))
+        count = len(codes) // size
+        stacks = [_described(codes[i * size : (i + 1) * size]) for i in range(count)]
+
+        def call(turn: int) -> Tensor:
+            return cpu.group_int(x, stacks[turn % len(stacks)])
+
+        return time_calls(call, seconds, x.device) / size
+
+
+def _described(codes: list[Code]) -> RowStack:
+    """`codes` below each other, known to the native kernels before a clock runs."""
+    stack = RowStack(tuple(codes))
+    describe(stack)
+    return stack
 
 
 @torch.inference_mode()
@@ -60,7 +70,7 @@ def time_calls(
 
     Other processes only ever add time, so the lower part of the samples is the machine's own.
     """
-    turns = count()
+    turns = itertools.count()
     call(next(turns))  # compiles, allocates, wakes threads
     began = now(device, clock)
     call(next(turns))
