@@ -56,7 +56,7 @@ def main() -> None:
             same = (directory.name, threads)
             runs = [run for run in runs if (run["artifact"], run["threads"]) != same]
             runs.append(about | {"load": os.getloadavg()[0], "rows": rows})
-    write(sorted(runs, key=lambda run: (-run["threads"], run["artifact"])), given.rounds)
+    write(sorted(runs, key=lambda run: (-run["threads"], run["artifact"])))
 
 
 def compare(artifact: Artifact, costs: Any, count: int, rounds: int) -> list[dict[str, Any]]:
@@ -84,10 +84,10 @@ def compare(artifact: Artifact, costs: Any, count: int, rounds: int) -> list[dic
     return list(rows.values())
 
 
-def write(runs: list[dict[str, Any]], rounds: int) -> None:
+def write(runs: list[dict[str, Any]]) -> None:
     text = [
         f"Decode tokens a second of SmolLM2-135M artifacts, {PROMPT} tokens of prompt and {ANSWER}",
-        f"of answer, medians of {rounds} rounds over all sizes (bench/speed_prediction.py). The",
+        "of answer, medians of rounds over all sizes (bench/speed_prediction.py). The",
         "ceiling is the memory's bandwidth over the bytes of the weights, all that was predicted",
         "before.",
     ]
@@ -95,7 +95,8 @@ def write(runs: list[dict[str, Any]], rounds: int) -> None:
         errors = [abs(row["error"]) for row in run["rows"]]
         text += [
             "",
-            f"{run['artifact']}, {run['threads']} threads: largest error {max(errors):.1%}, mean "
+            f"{run['artifact']}, threads: {run['threads']}, rounds: "
+            f"{len(run['rows'][0]['rounds'])}: largest error {max(errors):.1%}, mean "
             f"{statistics.mean(errors):.1%}; {sum(e <= TARGET for e in errors)} of {len(errors)} "
             f"within {TARGET:.0%}. Calibrated in {run['calibration_seconds']:.0f} s; load "
             f"{run['load']:.1f}.",

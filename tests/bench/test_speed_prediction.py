@@ -39,7 +39,8 @@ def test_a_figure_is_the_median_of_its_rounds(script, machine, monkeypatch, tmp_
         assert row["error"] == row["predicted"] / 20 - 1
     rows = [row | {"error": error} for row, error in zip(rows, (0.1, -0.2, 0.0, 0.15), strict=True)]
     run = {"artifact": "tiny", "threads": 1, "calibration_seconds": 3.0, "load": 0.5, "rows": rows}
-    script.write([run], 3)
+    script.write([run])
     text = (tmp_path / "speed_prediction.md").read_text()
+    assert "threads: 1, rounds: 3" in text
     assert "largest error 20.0%, mean 11.2%; 3 of 4 within 15%" in text
     assert json.loads((tmp_path / "speed_prediction.json").read_text()) == {"runs": [run]}
