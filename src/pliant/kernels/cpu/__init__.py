@@ -26,6 +26,7 @@ from pliant.kernels.cpu.structs import Linear, Unsuited, describe
 from pliant.kernels.dispatch import Kernel, register
 
 MOST = 16  # inputs that are multiplied without decoding a tile
+PIECE = 256  # inputs that meet a weight at a time
 TILE = 2**20  # bytes of a decoded tile
 
 _INTEGER: ContextVar[bool] = ContextVar("integer", default=False)
@@ -101,6 +102,35 @@ def _few(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
 
 
 def _many(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
+    if not multiplies_words():
+        return _tiles(native, x, linear)
+    y = torch.empty(x.shape[0], linear.rows)
+    for start in range(0, x.shape[0], PIECE):
+        given = x[start : start + PIECE].detach().float().contiguous()
+        n = len(given)
+        operand = aligned(native.pliant_gemm_bytes(n, linear.width))
+        to = y[start:].data_ptr()
+        if not native.pliant_gemm(
+            ctypes.byref(linear), given.data_ptr(), to, n, operand.data_ptr(),
+            torch.get_num_threads(),
+        ):  # fmt: skip
+            raise MemoryError("the system gives no more threads")
+    return y.to(x.dtype)
+
+
+def multiplies_words() -> bool:
+    """Whether the native kernels multiply pairs of 16 bits, faster than torch does floats."""
+    native = library()
+    return native is not None and bool(native.pliant_words())
+
+
+def aligned(nbytes: int) -> Tensor:
+    """That many bytes, the first of them at a multiple of 64."""
+    room = torch.empty(nbytes + 63, dtype=torch.uint8)
+    return room[-room.data_ptr() % 64 :]
+
+
+def _tiles(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
     y = x.new_empty(x.shape[0], linear.rows)
     step = max(1, min(linear.rows, TILE // (4 * linear.width)))
     room = torch.empty(step, linear.width)
