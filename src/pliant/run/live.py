@@ -53,8 +53,14 @@ class RunningModel(LiveModel):
         native = self._native()
         if native is None or not multiplies_words():
             return None
-        states = native.prompt(tokens, cache, last)
-        return None if states is None else self.lm_head(states)  # type: ignore[attr-defined]
+        config: Any = self.config  # type: ignore[attr-defined]
+        if last == 1:
+            logits = torch.empty(config.vocab_size)
+            return logits[None] if native.prompt(tokens, cache, logits) else None
+        states = torch.empty(last, config.hidden_size)
+        if not native.prompt(tokens, cache, states):
+            return None
+        return self.lm_head(states)  # type: ignore[attr-defined,no-any-return]
 
     def _native(self) -> NativeStep | None:
         """The description of this model as it is now, for the native kernels."""

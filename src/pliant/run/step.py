@@ -81,34 +81,40 @@ class NativeStep:
         del codes
         return True
 
-    def prompt(self, tokens: Tensor, cache: Any, last: int) -> Tensor | None:
-        """Append `tokens` [n] to `cache`; what the head reads [last, hidden] for the last of them.
+    def prompt(self, tokens: Tensor, cache: Any, out: Tensor) -> bool:
+        """Append `tokens` [n] to `cache` and write what follows the last of them.
 
-        None, and nothing done, where the cache is not one of one sequence that they fit into.
+        out: float32, logits [vocabulary] after the last one, or what the head reads of the last
+        ones [some, hidden]. False, and nothing done, where the cache is not one of one sequence
+        that they fit into.
         """
         ids = tokens.to("cpu", torch.int64).contiguous()
-        n = len(ids)
+        n, alone = len(ids), out.dim() == 1
         if not n or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
-            return None
+            return False
         if not self._begin(cache) or not self._bind(cache, n):
-            return None
+            return False
         codes = [weight.code for weight in self._weights]
-        step, states = ctypes.byref(self._step), torch.empty(last, self._step.hidden)
+        last = 0 if alone else len(out)
+        shape = (self.vocabulary,) if alone else (min(last, n), self._step.hidden)
+        to = address(out, shape, torch.float32)
+        step, threads = ctypes.byref(self._step), torch.get_num_threads()
         shared = aligned(self._native.pliant_prompt_bytes(step, min(n, PIECE)))
-        position, threads = cache.layers[0].length, torch.get_num_threads()
+        position = cache.layers[0].length
         for start in range(0, n, PIECE):
             count = min(n - start, PIECE)
             first = min(max(n - last - start, 0), count)
-            to = states[max(start - (n - last), 0) :].data_ptr()
+            states = to + 4 * self._step.hidden * max(start - (n - last), 0)
+            logits = to if alone and start + count == n else None
             if not self._native.pliant_prompt(
-                step, ids[start:].data_ptr(), count, position + start, first, to,
+                step, ids[start:].data_ptr(), count, position + start, first, states, logits,
                 shared.data_ptr(), threads,
             ):  # fmt: skip
-                return None
+                return False
         for layer in cache.layers:
             layer.length += n
         del codes
-        return states
+        return True
 
     def _begin(self, cache: Any) -> bool:
         """Let an empty cache take its memory."""

@@ -1,10 +1,11 @@
 """Native kernels of the CPU: products straight from the stored planes, in threads that stay.
 
-Activations meet codes in float32, as everywhere else. Inside `integer_activations` up to 16 of them
-meet group integers as integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do
-they meet group levels of up to 4 bits, whose levels are rounded to 8 bits. More than 16 meet
-decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs in
-plain torch.
+Up to 16 activations meet codes in float32. Inside `integer_activations` they meet group integers as
+integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do they meet group levels of
+up to 4 bits, whose levels are rounded to 8 bits. More than 16, with AVX2, meet group codes in
+products of 16 bits: as integers of 15 bits, with a scale for every 32, which changes a model's
+output by less than its cache of 16 bits does (PLIANT_NATIVE=float32 turns it off). What the kernels
+do not cover, and all of it where there is no compiler, runs in plain torch.
 """
 
 from __future__ import annotations
@@ -102,8 +103,11 @@ def _few(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
 
 
 def _many(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
-    if not multiplies_words():
-        return _tiles(native, x, linear)
+    product = _words if multiplies_words() else _tiles
+    return product(native, x, linear)
+
+
+def _words(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
     y = torch.empty(x.shape[0], linear.rows)
     for start in range(0, x.shape[0], PIECE):
         given = x[start : start + PIECE].detach().float().contiguous()
@@ -119,9 +123,10 @@ def _many(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
 
 
 def multiplies_words() -> bool:
-    """Whether the native kernels multiply pairs of 16 bits, faster than torch does floats."""
+    """Whether many inputs are multiplied in 16 bits: not where torch is faster, or told not to."""
     native = library()
-    return native is not None and bool(native.pliant_words())
+    wanted = os.environ.get("PLIANT_NATIVE") != "float32"
+    return wanted and native is not None and bool(native.pliant_words())
 
 
 def aligned(nbytes: int) -> Tensor:

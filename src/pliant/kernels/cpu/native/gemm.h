@@ -211,6 +211,58 @@ inline bool has_words(const Matrix& m) {
   return kWords && (m.kind == GROUP_INT || levels) && (m.groups == 1 || m.group % 16 == 0);
 }
 
+// One input as words [up to whole spans of width] and their units.
+struct WordInput {
+  int16_t* words;
+  float* units;
+
+  void set(const float* x, int64_t width) const {
+    for (int64_t from = 0; from < width; from += kSpan) {
+      const int64_t count = width - from < kSpan ? width - from : kSpan;
+      float peak = 0, bad = 0;
+      for (int64_t i = from; i < from + count; i++) {
+        peak = fabsf(x[i]) > peak ? fabsf(x[i]) : peak;
+        bad += x[i] - x[i];
+      }
+      const float inverse = peak > 1e-30f ? kMostInput / peak : 0;
+      units[from / kSpan] = peak / kMostInput + bad;
+      for (int64_t i = 0; i < kSpan; i++)
+        words[from + i] = i < count && bad == 0 ? (int16_t)rintf(x[from + i] * inverse) : 0;
+    }
+  }
+};
+
+// sum over blocks b of scale[b] unit[span] (sum over k in b of w[k] x[k]).
+template <int block>
+inline float word_dot(const int16_t* w, const float* scale, const WordInput& x, int64_t blocks) {
+  Floats sums = {};
+  for (int64_t b = 0; b < blocks; b++) {
+    const float factor = scale[b] * x.units[b * block / kSpan];
+    const int16_t *weights = w + b * block, *inputs = x.words + b * block;
+#if defined(__AVX512VNNI__)
+    const __m512i products =
+        block == 32 ? _mm512_dpwssd_epi32(_mm512_setzero_si512(), _mm512_loadu_si512(weights),
+                                          _mm512_loadu_si512(inputs))
+                    : _mm512_zextsi256_si512(
+                          _mm256_madd_epi16(_mm256_loadu_si256((const __m256i*)weights),
+                                            _mm256_loadu_si256((const __m256i*)inputs)));
+    sums += factor * (Floats)_mm512_cvtepi32_ps(products);
+#elif defined(__AVX2__)
+    for (int i = 0; i < block; i += 16) {
+      const __m256 own = _mm256_cvtepi32_ps(
+          _mm256_madd_epi16(_mm256_loadu_si256((const __m256i*)(weights + i)),
+                            _mm256_loadu_si256((const __m256i*)(inputs + i))));
+      float* to = (float*)&sums + i % 32 / 2;
+      _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_set1_ps(factor), own, _mm256_loadu_ps(to)));
+    }
+#else
+    for (int i = 0; i < block; i++)
+      sums[i % 16] += factor * (float)((int32_t)weights[i] * inputs[i]);
+#endif
+  }
+  return sum_of(sums);
+}
+
 // Up to 12 decoded rows of a weight: words with a scale for each block of columns, or floats.
 struct Tile {
   char* memory;
@@ -262,6 +314,16 @@ struct Tile {
     const int64_t size = block ? 2 : 4, missing = kTile - (to - from);
     memset(memory + (to - from) * pitch * size, 0, missing * pitch * size);
     memset(scales + (to - from) * scale_pitch, 0, missing * scale_pitch * sizeof(float));
+  }
+
+  // Row r times one input, as words and as it is.
+  float times(int64_t r, const WordInput& words, const float* x, int64_t width) const {
+    const int64_t spans = Operand::spans_of(width);
+    const float* scale = scales + r * scale_pitch;
+    const int16_t* row = (const int16_t*)memory + r * pitch;
+    if (block == 32) return word_dot<32>(row, scale, words, spans);
+    if (block == 16) return word_dot<16>(row, scale, words, 2 * spans);
+    return dot((const float*)memory + r * pitch, x, width);
   }
 
   // out[r, token] of 12 rows and 32 tokens.

@@ -85,8 +85,9 @@ EXPORT int64_t pliant_prompt_bytes(const Step* step, int64_t n) {
 }
 
 EXPORT int pliant_prompt(const Step* step, const int64_t* tokens, int64_t n, int64_t position,
-                         int64_t first, float* states, char* shared, int threads) {
-  PromptJob job = {step, tokens, n, position, first, states, shared};
+                         int64_t first, float* states, float* logits,
+                         char* shared, int threads) {
+  PromptJob job = {step, tokens, n, position, first, states, logits, shared};
   return pool_run(kernels()->prompt, &job, threads);
 }
 

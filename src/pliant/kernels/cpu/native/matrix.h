@@ -112,6 +112,7 @@ struct PromptJob {
   const int64_t* tokens;  // [n]
   int64_t n, position, first;
   float* states;  // [n - first, hidden]: normalised, of tokens from `first` on
+  float* logits;  // [vocabulary] after the last, or null
   char* shared;   // 64-byte aligned
 };
 

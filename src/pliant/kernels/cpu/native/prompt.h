@@ -43,11 +43,13 @@ struct PromptBuffers {  // that all members share
 struct PromptOwn {  // of one member
   Tile tile;
   float *query, *key_rows, *value_rows, *scores, *sums, *row;
+  WordInput last;
 
   static size_t bytes(const Step& s) {
     return Tile::bytes(Own::widest(s)) + 2 * Space::bytes<float>(s.head_dim * kTokens) +
            2 * Space::bytes<float>(kKeys * s.head_dim) + Space::bytes<float>(kKeys * kTokens) +
-           Space::bytes<float>(Own::widest(s));
+           Space::bytes<float>(Own::widest(s)) + Space::bytes<int16_t>(up_to(s.hidden, kSpan)) +
+           Space::bytes<float>(Operand::spans_of(s.hidden));
   }
   PromptOwn(Space space, const Step& s) : tile(space, Own::widest(s)) {
     space.at += Tile::bytes(Own::widest(s));
@@ -56,6 +58,8 @@ struct PromptOwn {  // of one member
     value_rows = space.take<float>(kKeys * s.head_dim);
     scores = space.take<float>(kKeys * kTokens);
     row = space.take<float>(Own::widest(s));
+    last.words = space.take<int16_t>(up_to(s.hidden, kSpan));
+    last.units = space.take<float>(Operand::spans_of(s.hidden));
   }
 };
 
@@ -303,11 +307,23 @@ void prompt_job(void* what, int member, Team* team) {
     team_wait(team);
   }
 
-  for (int64_t t = job->first + member; t < n; t += members) {  // as a token's row again
+  auto state = [&](int64_t t, float* out) {  // as one row, normalised
     const float* from = all.residual + t / kTokens * s.hidden * kTokens + t % kTokens;
     for (int64_t f = 0; f < s.hidden; f++) own.row[f] = from[f * kTokens];
-    rms_norm(own.row, s.final_norm, s.hidden, s.epsilon,
-             job->states + (t - job->first) * s.hidden);
+    rms_norm(own.row, s.final_norm, s.hidden, s.epsilon, out);
+  };
+  for (int64_t t = job->first + member; t < n; t += members)
+    state(t, job->states + (t - job->first) * s.hidden);
+  if (!job->logits) return;
+  state(n - 1, own.row);
+  own.last.set(own.row, s.hidden);
+  while (take(counter, tiles_of(s.head), &which)) {
+    const int64_t from = which * kTile;
+    const int64_t to = from + kTile < s.head.rows ? from + kTile : s.head.rows;
+    own.tile.decode(s.head, from, to);
+    for (int64_t row = from; row < to; row++)
+      job->logits[row] = own.tile.times(row - from, own.last, own.row, s.hidden) +
+                         (s.head.bias ? s.head.bias[row] : 0);
   }
 }
 
