@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from pliant.cache import DenseCache
 from pliant.codes.base import one_thread
 from pliant.kernels.activations import rounding_is_on
-from pliant.kernels.cpu import MOST, integer_activations, multiplies_words
+from pliant.kernels.cpu import integer_activations, multiplies_words
 from pliant.kernels.cpu.structs import Unsuited
 from pliant.ladder import LiveModel
 from pliant.ladder import load as open_model
@@ -83,7 +83,7 @@ class RunningModel(LiveModel):
         cache = kwargs.get("past_key_values")
         if ids is None or ids.shape[-1] != 1:
             output = None
-            if ids is not None and ids.shape[0] == 1 and ids.shape[1] > MOST and not args[1:]:
+            if ids is not None and ids.shape[0] == 1 and ids.shape[1] and not args[1:]:
                 output = self._prompt_output(ids[0], cache, kwargs)
             if output is None:
                 output = super().__call__(*args, **kwargs)  # type: ignore[misc]

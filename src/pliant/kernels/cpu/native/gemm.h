@@ -113,80 +113,88 @@ __attribute__((noinline)) void float_rows(const float* w, int64_t row, int64_t s
 }
 
 // out[r, token] = sum over blocks b of scale[r, b] unit[span, token] (sum over k in b of
-// w[r pitch + k] x[k / 2, token, k % 2]), for 12 rows and 32 tokens.
-template <int block>
+// w[r pitch + k] x[k / 2, token, k % 2]), for 12 rows and the first 16 `halves` tokens of a block.
+template <int block, int halves>
 __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const float* scale,
                                          int64_t scale_pitch, const int16_t* x, const float* unit,
                                          int64_t blocks, float* out) {
 #if defined(__AVX512VNNI__)
-  constexpr int few = 6;
+  constexpr int few = 12 / halves;
   for (int64_t r0 = 0; r0 < kTile; r0 += few, w += few * pitch, scale += few * scale_pitch) {
-    __m512 sums[few][2];
-#pragma GCC unroll 6
-    for (int r = 0; r < few; r++) sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    const int16_t *upper = w, *lower = w + 3 * pitch, *inputs = x;  // few registers
+    __m512 sums[few][halves];
+#pragma GCC unroll 12
+    for (int r = 0; r < few; r++)
+      for (int v = 0; v < halves; v++) sums[r][v] = _mm512_setzero_ps();
+    const int16_t *row[4] = {w, w + 3 * pitch, w + 6 * pitch, w + 9 * pitch};  // few registers
+    const int16_t* inputs = x;
     for (int64_t b = 0; b < blocks; b++) {
-      __m512i own[few][2];
-#pragma GCC unroll 6
-      for (int r = 0; r < few; r++) own[r][0] = own[r][1] = _mm512_setzero_si512();
-      for (int k = 0; k < block / 2; k++, inputs += 2 * kTokens, upper += 2, lower += 2) {
-        const __m512i low = _mm512_loadu_si512(inputs), high = _mm512_loadu_si512(inputs + kTokens);
-#pragma GCC unroll 6
+      __m512i own[few][halves];
+#pragma GCC unroll 12
+      for (int r = 0; r < few; r++)
+        for (int v = 0; v < halves; v++) own[r][v] = _mm512_setzero_si512();
+      for (int k = 0; k < block / 2; k++, inputs += 2 * kTokens) {
+        __m512i in[halves];
+        for (int v = 0; v < halves; v++) in[v] = _mm512_loadu_si512(inputs + v * kTokens);
+#pragma GCC unroll 12
         for (int r = 0; r < few; r++) {
           int two;
-          memcpy(&two, (r < 3 ? upper : lower) + r % 3 * pitch, 4);
-          own[r][0] = _mm512_dpwssd_epi32(own[r][0], low, _mm512_set1_epi32(two));
-          own[r][1] = _mm512_dpwssd_epi32(own[r][1], high, _mm512_set1_epi32(two));
+          memcpy(&two, row[r / 3] + r % 3 * pitch, 4);
+#pragma GCC unroll 2
+          for (int v = 0; v < halves; v++)
+            own[r][v] = _mm512_dpwssd_epi32(own[r][v], in[v], _mm512_set1_epi32(two));
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < few / 3; i++) row[i] += 2;
       }
       const float* units = unit + b * block / kSpan * kTokens;
-      const __m512 low = _mm512_loadu_ps(units), high = _mm512_loadu_ps(units + 16);
-#pragma GCC unroll 6
+#pragma GCC unroll 12
       for (int r = 0; r < few; r++) {
         const __m512 one = _mm512_set1_ps(scale[r * scale_pitch + b]);
-        sums[r][0] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own[r][0]), _mm512_mul_ps(one, low), sums[r][0]);
-        sums[r][1] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own[r][1]), _mm512_mul_ps(one, high), sums[r][1]);
+#pragma GCC unroll 2
+        for (int v = 0; v < halves; v++)
+          sums[r][v] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(own[r][v]),
+                                       _mm512_mul_ps(one, _mm512_loadu_ps(units + 16 * v)),
+                                       sums[r][v]);
       }
     }
-#pragma GCC unroll 6
-    for (int r = 0; r < few; r++) {
-      _mm512_storeu_ps(out + (r0 + r) * kTokens, sums[r][0]);
-      _mm512_storeu_ps(out + (r0 + r) * kTokens + 16, sums[r][1]);
-    }
+#pragma GCC unroll 12
+    for (int r = 0; r < few; r++)
+      for (int v = 0; v < halves; v++)
+        _mm512_storeu_ps(out + (r0 + r) * kTokens + 16 * v, sums[r][v]);
   }
 #elif defined(__AVX2__)
-  constexpr int few = 2;
+  constexpr int few = 4 / halves, vectors = 2 * halves;
   memset(out, 0, kTile * kTokens * sizeof(float));
   for (int64_t r0 = 0; r0 < kTile; r0 += few, w += few * pitch, scale += few * scale_pitch) {
     const int16_t *row = w, *inputs = x;
     for (int64_t b = 0; b < blocks; b++) {
-      __m256i own[few][4];
-#pragma GCC unroll 2
+      __m256i own[few][vectors];
+#pragma GCC unroll 4
       for (int r = 0; r < few; r++)
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) own[r][v] = _mm256_setzero_si256();
+        for (int v = 0; v < vectors; v++) own[r][v] = _mm256_setzero_si256();
       for (int k = 0; k < block / 2; k++, inputs += 2 * kTokens, row += 2) {
         __m256i ones[few];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int r = 0; r < few; r++) {
           int two;
           memcpy(&two, row + r * pitch, 4);
           ones[r] = _mm256_set1_epi32(two);
         }
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) {
+        for (int v = 0; v < vectors; v++) {
           const __m256i in = _mm256_loadu_si256((const __m256i*)(inputs + 16 * v));
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int r = 0; r < few; r++)
             own[r][v] = _mm256_add_epi32(own[r][v], _mm256_madd_epi16(in, ones[r]));
         }
       }
       const float* units = unit + b * block / kSpan * kTokens;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < few; r++) {
         const __m256 one = _mm256_set1_ps(scale[r * scale_pitch + b]);
 #pragma GCC unroll 4
-        for (int v = 0; v < 4; v++) {
+        for (int v = 0; v < vectors; v++) {
           float* to = out + (r0 + r) * kTokens + 8 * v;
           const __m256 factor = _mm256_mul_ps(one, _mm256_loadu_ps(units + 8 * v));
           _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(own[r][v]), factor,
@@ -326,14 +334,21 @@ struct Tile {
     return dot((const float*)memory + r * pitch, x, width);
   }
 
-  // out[r, token] of 12 rows and 32 tokens.
-  void times(const Operand& x, int64_t which, float* out) const {
+  // out[r, token] of 12 rows and the tokens of a block, of which those from `tokens` on are not
+  // wanted; they are finite if all of the block's inputs are.
+  void times(const Operand& x, int64_t which, int64_t tokens, float* out) const {
     const int16_t *w = (const int16_t*)memory, *words = x.words_of(which);
+    const float* unit = x.units_of(which);
+    const int64_t spans = x.spans;
+    if (block && tokens <= 16) {
+      if (block == 32) word_rows<32, 1>(w, pitch, scales, scale_pitch, words, unit, spans, out);
+      if (block == 16) word_rows<16, 1>(w, pitch, scales, scale_pitch, words, unit, 2 * spans, out);
+      return;
+    }
     if (block == 32)
-      return word_rows<32>(w, pitch, scales, scale_pitch, words, x.units_of(which), x.spans, out);
+      return word_rows<32, 2>(w, pitch, scales, scale_pitch, words, unit, spans, out);
     if (block == 16)
-      return word_rows<16>(w, pitch, scales, scale_pitch, words, x.units_of(which), 2 * x.spans,
-                           out);
+      return word_rows<16, 2>(w, pitch, scales, scale_pitch, words, unit, 2 * spans, out);
     memset(out, 0, kTile * kTokens * sizeof(float));
     for (int64_t k = 0; k < x.width; k += kColumns) {
       const int64_t count = x.width - k < kColumns ? x.width - k : kColumns;
@@ -434,22 +449,22 @@ inline bool take(int64_t* counter, int64_t count, int64_t* which) {
 
 // Rows of tile `which` of a weight that `tile` holds, times a block, with its bias: [12, 32].
 inline void tile_times(const Linear& linear, int64_t from, int64_t count, const Tile& tile,
-                       const Operand& x, int64_t block, float* out) {
-  tile.times(x, block, out);
+                       const Operand& x, int64_t block, int64_t tokens, float* out) {
+  tile.times(x, block, tokens - block * kTokens, out);
   for (int64_t r = 0; r < count && linear.bias; r++)
     for (int64_t i = 0; i < kTokens; i++) out[r * kTokens + i] += linear.bias[from + r];
 }
 
-// Tile `which` of a weight times every block: store(block, row, count, values [12, 32]).
+// Tile `which` of a weight times all tokens: store(block, row, count, values [12, 32]).
 template <typename Store>
-inline void all_blocks(const Linear& linear, int64_t which, const Operand& x, int64_t blocks,
+inline void all_blocks(const Linear& linear, int64_t which, const Operand& x, int64_t tokens,
                        Tile& tile, Store store_rows) {
-  alignas(64) float out[kTile * kTokens];
+  alignas(64) float out[kTile * kTokens] = {};
   const int64_t from = which * kTile;
   const int64_t to = from + kTile < linear.rows ? from + kTile : linear.rows;
   tile.decode(linear, from, to);
-  for (int64_t block = 0; block < blocks; block++) {
-    tile_times(linear, from, to - from, tile, x, block, out);
+  for (int64_t block = 0; block < blocks_of(tokens); block++) {
+    tile_times(linear, from, to - from, tile, x, block, tokens, out);
     store_rows(block, from, to - from, (const float*)out);
   }
 }
@@ -473,7 +488,7 @@ void gemm_job(void* what, int member, Team* team) {
   }
   team_wait(team);
   for (int64_t which; take(&job->counter, tiles_of(linear), &which);)
-    all_blocks(linear, which, x, blocks, tile,
+    all_blocks(linear, which, x, n, tile,
                [&](int64_t block, int64_t row, int64_t count, const float* values) {
                  const int64_t here = n - block * kTokens < kTokens ? n - block * kTokens : kTokens;
                  float* y = job->y + block * kTokens * rows + row;

@@ -211,16 +211,16 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
   }
 }
 
-void gated_tile(const Layer& layer, int64_t which, const Operand& x, int64_t blocks, Tile& gate,
+void gated_tile(const Layer& layer, int64_t which, const Operand& x, int64_t tokens, Tile& gate,
                 Tile& up, float* inner) {
   const int64_t rows = layer.gate.rows, from = which * kTile;
   const int64_t to = from + kTile < rows ? from + kTile : rows;
-  alignas(64) float first[kTile * kTokens], second[kTile * kTokens];
+  alignas(64) float first[kTile * kTokens] = {}, second[kTile * kTokens] = {};
   gate.decode(layer.gate, from, to);
   up.decode(layer.up, from, to);
-  for (int64_t block = 0; block < blocks; block++) {
-    tile_times(layer.gate, from, to - from, gate, x, block, first);
-    tile_times(layer.up, from, to - from, up, x, block, second);
+  for (int64_t block = 0; block < blocks_of(tokens); block++) {
+    tile_times(layer.gate, from, to - from, gate, x, block, tokens, first);
+    tile_times(layer.up, from, to - from, up, x, block, tokens, second);
     float* out = inner + (block * rows + from) * kTokens;
     for (int64_t i = 0; i < (to - from) * kTokens; i += 16) {
       const Floats value = load(first + i);
@@ -280,7 +280,7 @@ void prompt_job(void* what, int member, Team* team) {
     while (take(counter, tiles[0] + tiles[1] + tiles[2], &which)) {
       int k = 0;
       for (; which >= tiles[k]; k++) which -= tiles[k];
-      all_blocks(*projections[k], which, normed, blocks, own.tile,
+      all_blocks(*projections[k], which, normed, n, own.tile,
                  to_floats(projected[k])(projections[k]->rows));
     }
     team_wait(team);
@@ -293,17 +293,17 @@ void prompt_job(void* what, int member, Team* team) {
     give(all.attended, nullptr, 0, attended, blocks, member, members);
     team_wait(team);
     while (take(counter + 2, tiles_of(layer.o), &which))
-      all_blocks(layer.o, which, attended, blocks, own.tile, add);
+      all_blocks(layer.o, which, attended, n, own.tile, add);
     team_wait(team);
     give(all.residual, layer.mlp_norm, s.epsilon, normed, blocks, member, members);
     team_wait(team);
     while (take(counter + 3, tiles_of(layer.gate), &which))
-      gated_tile(layer, which, normed, blocks, own.tile, second, all.inner);
+      gated_tile(layer, which, normed, n, own.tile, second, all.inner);
     team_wait(team);
     give(all.inner, nullptr, 0, inner, blocks, member, members);
     team_wait(team);
     while (take(counter + 4, tiles_of(layer.down), &which))
-      all_blocks(layer.down, which, inner, blocks, own.tile, add);
+      all_blocks(layer.down, which, inner, n, own.tile, add);
     team_wait(team);
   }
 
