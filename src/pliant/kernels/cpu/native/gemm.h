@@ -72,25 +72,32 @@ struct Operand {
 
 // ---- products of a few rows -------------------------------------------------------------------
 
+// As many numbers as a register holds. (Broadcasts into vectors of several go through memory.)
+#if defined(__AVX512F__)
+typedef Floats Register;
+#elif defined(__AVX2__)
+typedef float Register __attribute__((vector_size(32)));
+#else
+typedef float Register __attribute__((vector_size(16)));
+#endif
+
 // out[r, token] += sum over k of w[r row + k step] x[k, token], for 32 tokens.
 template <int rows>
 inline void float_tile(const float* w, int64_t row, int64_t step, const float* x, int64_t n,
                        float* out) {
-  Floats sums[rows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; r++)
-    sums[r][0] = load(out + r * kTokens), sums[r][1] = load(out + r * kTokens + 16);
+  constexpr int width = sizeof(Register) / sizeof(float), registers = kTokens / width;
+  Register sums[rows][registers];
+  memcpy(sums, out, sizeof sums);
   for (int64_t k = 0; k < n; k++, x += kTokens, w += step) {
-    const Floats low = load(x), high = load(x + 16);
+#pragma GCC unroll 8
+    for (int v = 0; v < registers; v++) {
+      Register in;
+      memcpy(&in, x + v * width, sizeof in);
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-      const float one = w[r * row];
-      sums[r][0] += one * low, sums[r][1] += one * high;
+      for (int r = 0; r < rows; r++) sums[r][v] += w[r * row] * in;
     }
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < rows; r++)
-    store(out + r * kTokens, sums[r][0]), store(out + r * kTokens + 16, sums[r][1]);
+  memcpy(out, sums, sizeof sums);
 }
 
 // Rows at once whose sums fit into registers.
