@@ -5,7 +5,7 @@
 Writes bench/results/prefill_cpu.{json,md}. What BUILD, F32 and the sizes are: bench/decode.py. Both
 are measured in alternation, round after round; a figure is the median of its rounds, a ratio the
 median of the ratios within rounds. llama.cpp rounds activations to 8 bits, Pliant to 15; the last
-column is Pliant with products in float32 (PLIANT_NATIVE=float32).
+column is Pliant with products in float32 (PLIANT_NATIVE=exact).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
                 {
                     "llama": llama(given.llama, gguf, given.threads),
                     "pliant": ours(model, ""),
-                    "float32": ours(model, "float32"),
+                    "float32": ours(model, "exact"),
                 }
                 for _ in range(given.rounds)
             ]

@@ -3,9 +3,9 @@
 Up to 16 activations meet codes in float32. Inside `integer_activations` they meet group integers as
 integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do they meet group levels of
 up to 4 bits, whose levels are rounded to 8 bits. More than 16, with AVX2, meet group codes in
-products of 16 bits: as integers of 15 bits, with a scale for every 32, which changes a model's
-output by less than its cache of 16 bits does (PLIANT_NATIVE=float32 turns it off). What the kernels
-do not cover, and all of it where there is no compiler, runs in plain torch.
+products of 16 bits: as integers of 15 bits, with a scale for every 32 (PLIANT_NATIVE=exact turns
+that off). What the kernels do not cover, and all of it where there is no compiler, runs in plain
+torch.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _words(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
 def multiplies_words() -> bool:
     """Whether many inputs are multiplied in 16 bits: not where torch is faster, or told not to."""
     native = library()
-    wanted = os.environ.get("PLIANT_NATIVE") != "float32"
+    wanted = os.environ.get("PLIANT_NATIVE") != "exact"
     return wanted and native is not None and bool(native.pliant_words())
 
 

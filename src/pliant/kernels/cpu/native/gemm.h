@@ -13,13 +13,13 @@
 
 namespace {
 
-constexpr int64_t kTokens = 32;       // tokens
-constexpr int64_t kTile = 12;        // rows
+constexpr int64_t kAbreast = 32;     // tokens of a block
+constexpr int64_t kTileRows = 12;    // of a weight that are decoded at once
 constexpr int64_t kSpan = 32;        // features that share a scale
 constexpr float kMostInput = 16383;  // 32 products of these two are less than 2**31
 constexpr float kMostLevel = 4095;
 
-inline int64_t blocks_of(int64_t tokens) { return (tokens + kTokens - 1) / kTokens; }
+inline int64_t blocks_of(int64_t tokens) { return (tokens + kAbreast - 1) / kAbreast; }
 inline void store(float* to, Floats values) { memcpy(to, &values, sizeof values); }
 
 // Activations [block, feature / 2, token, 2] to be multiplied, 0 from the width to whole spans.
@@ -30,14 +30,14 @@ struct Operand {
 
   static int64_t spans_of(int64_t width) { return (width + kSpan - 1) / kSpan; }
   static size_t bytes(int64_t tokens, int64_t width) {
-    return (size_t)(blocks_of(tokens) * spans_of(width) * kTokens * (kSpan * 2 + 4));
+    return (size_t)(blocks_of(tokens) * spans_of(width) * kAbreast * (kSpan * 2 + 4));
   }
   Operand(void* memory, int64_t tokens, int64_t width) : width(width), spans(spans_of(width)) {
     units = (float*)memory;
-    words = (int16_t*)(units + blocks_of(tokens) * spans * kTokens);
+    words = (int16_t*)(units + blocks_of(tokens) * spans * kAbreast);
   }
-  const int16_t* words_of(int64_t block) const { return words + block * spans * kSpan * kTokens; }
-  const float* units_of(int64_t block) const { return units + block * spans * kTokens; }
+  const int16_t* words_of(int64_t block) const { return words + block * spans * kSpan * kAbreast; }
+  const float* units_of(int64_t block) const { return units + block * spans * kAbreast; }
 
   // One span of 16 tokens (half a block): values [32], of which those beyond the width are 0. What
   // is not finite makes the scale NaN.
@@ -49,9 +49,9 @@ struct Operand {
       bad += values[i] - values[i];
     }
     const Floats none = {}, inverse = peak > none + 1e-30f ? kMostInput / peak : none;
-    store(units + (block * spans + span) * kTokens + half * 16, peak / kMostInput + bad);
-    int16_t* to = words + ((block * spans + span) * kSpan * kTokens) + half * 32;
-    for (int64_t i = 0; i < kSpan; i += 2, to += 2 * kTokens) {
+    store(units + (block * spans + span) * kAbreast + half * 16, peak / kMostInput + bad);
+    int16_t* to = words + ((block * spans + span) * kSpan * kAbreast) + half * 32;
+    for (int64_t i = 0; i < kSpan; i += 2, to += 2 * kAbreast) {
       const Words low = nearest(values[i] * inverse) & 0xffffu;
       const Words pair = low | nearest(values[i + 1] * inverse) << 16;
       memcpy(to, &pair, sizeof pair);
@@ -60,9 +60,9 @@ struct Operand {
   // Columns from .. from + count of a block as they were, about: [count, 32].
   void widen(int64_t block, int64_t from, int64_t count, float* out) const {
     for (int64_t k = from; k < from + count; k++) {
-      const int16_t* pairs = words_of(block) + k / 2 * 2 * kTokens + k % 2;
-      const float* unit = units_of(block) + k / kSpan * kTokens;
-      for (int64_t i = 0; i < kTokens; i++) *out++ = (float)pairs[2 * i] * unit[i];
+      const int16_t* pairs = words_of(block) + k / 2 * 2 * kAbreast + k % 2;
+      const float* unit = units_of(block) + k / kSpan * kAbreast;
+      for (int64_t i = 0; i < kAbreast; i++) *out++ = (float)pairs[2 * i] * unit[i];
     }
   }
 
@@ -85,10 +85,10 @@ typedef float Register __attribute__((vector_size(16)));
 template <int rows>
 inline void float_tile(const float* w, int64_t row, int64_t step, const float* x, int64_t n,
                        float* out) {
-  constexpr int width = sizeof(Register) / sizeof(float), registers = kTokens / width;
+  constexpr int width = sizeof(Register) / sizeof(float), registers = kAbreast / width;
   Register sums[rows][registers];
   memcpy(sums, out, sizeof sums);
-  for (int64_t k = 0; k < n; k++, x += kTokens, w += step) {
+  for (int64_t k = 0; k < n; k++, x += kAbreast, w += step) {
 #pragma GCC unroll 8
     for (int v = 0; v < registers; v++) {
       Register in;
@@ -113,10 +113,10 @@ __attribute__((noinline)) void float_rows(const float* w, int64_t row, int64_t s
                                           const float* x, int64_t n, float* out) {
   int64_t r = 0;
   for (; r + kMostRows <= rows; r += kMostRows)
-    float_tile<kMostRows>(w + r * row, row, step, x, n, out + r * kTokens);
+    float_tile<kMostRows>(w + r * row, row, step, x, n, out + r * kAbreast);
   for (; kMostRows > 4 && r + 4 <= rows; r += 4)
-    float_tile<4>(w + r * row, row, step, x, n, out + r * kTokens);
-  for (; r < rows; r++) float_tile<1>(w + r * row, row, step, x, n, out + r * kTokens);
+    float_tile<4>(w + r * row, row, step, x, n, out + r * kAbreast);
+  for (; r < rows; r++) float_tile<1>(w + r * row, row, step, x, n, out + r * kAbreast);
 }
 
 // out[r, token] = sum over blocks b of scale[r, b] unit[span, token] (sum over k in b of
@@ -127,7 +127,7 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
                                          int64_t blocks, float* out) {
 #if defined(__AVX512VNNI__)
   constexpr int few = 12 / halves;
-  for (int64_t r0 = 0; r0 < kTile; r0 += few, w += few * pitch, scale += few * scale_pitch) {
+  for (int64_t r0 = 0; r0 < kTileRows; r0 += few, w += few * pitch, scale += few * scale_pitch) {
     __m512 sums[few][halves];
 #pragma GCC unroll 12
     for (int r = 0; r < few; r++)
@@ -139,9 +139,9 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
 #pragma GCC unroll 12
       for (int r = 0; r < few; r++)
         for (int v = 0; v < halves; v++) own[r][v] = _mm512_setzero_si512();
-      for (int k = 0; k < block / 2; k++, inputs += 2 * kTokens) {
+      for (int k = 0; k < block / 2; k++, inputs += 2 * kAbreast) {
         __m512i in[halves];
-        for (int v = 0; v < halves; v++) in[v] = _mm512_loadu_si512(inputs + v * kTokens);
+        for (int v = 0; v < halves; v++) in[v] = _mm512_loadu_si512(inputs + v * kAbreast);
 #pragma GCC unroll 12
         for (int r = 0; r < few; r++) {
           int two;
@@ -153,7 +153,7 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
 #pragma GCC unroll 4
         for (int i = 0; i < few / 3; i++) row[i] += 2;
       }
-      const float* units = unit + b * block / kSpan * kTokens;
+      const float* units = unit + b * block / kSpan * kAbreast;
 #pragma GCC unroll 12
       for (int r = 0; r < few; r++) {
         const __m512 one = _mm512_set1_ps(scale[r * scale_pitch + b]);
@@ -167,12 +167,12 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
 #pragma GCC unroll 12
     for (int r = 0; r < few; r++)
       for (int v = 0; v < halves; v++)
-        _mm512_storeu_ps(out + (r0 + r) * kTokens + 16 * v, sums[r][v]);
+        _mm512_storeu_ps(out + (r0 + r) * kAbreast + 16 * v, sums[r][v]);
   }
 #elif defined(__AVX2__)
   constexpr int few = 4 / halves, vectors = 2 * halves;
-  memset(out, 0, kTile * kTokens * sizeof(float));
-  for (int64_t r0 = 0; r0 < kTile; r0 += few, w += few * pitch, scale += few * scale_pitch) {
+  memset(out, 0, kTileRows * kAbreast * sizeof(float));
+  for (int64_t r0 = 0; r0 < kTileRows; r0 += few, w += few * pitch, scale += few * scale_pitch) {
     const int16_t *row = w, *inputs = x;
     for (int64_t b = 0; b < blocks; b++) {
       __m256i own[few][vectors];
@@ -180,7 +180,7 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
       for (int r = 0; r < few; r++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) own[r][v] = _mm256_setzero_si256();
-      for (int k = 0; k < block / 2; k++, inputs += 2 * kTokens, row += 2) {
+      for (int k = 0; k < block / 2; k++, inputs += 2 * kAbreast, row += 2) {
         __m256i ones[few];
 #pragma GCC unroll 4
         for (int r = 0; r < few; r++) {
@@ -196,13 +196,13 @@ __attribute__((noinline)) void word_rows(const int16_t* w, int64_t pitch, const 
             own[r][v] = _mm256_add_epi32(own[r][v], _mm256_madd_epi16(in, ones[r]));
         }
       }
-      const float* units = unit + b * block / kSpan * kTokens;
+      const float* units = unit + b * block / kSpan * kAbreast;
 #pragma GCC unroll 4
       for (int r = 0; r < few; r++) {
         const __m256 one = _mm256_set1_ps(scale[r * scale_pitch + b]);
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
-          float* to = out + (r0 + r) * kTokens + 8 * v;
+          float* to = out + (r0 + r) * kAbreast + 8 * v;
           const __m256 factor = _mm256_mul_ps(one, _mm256_loadu_ps(units + 8 * v));
           _mm256_storeu_ps(to, _mm256_fmadd_ps(_mm256_cvtepi32_ps(own[r][v]), factor,
                                                _mm256_loadu_ps(to)));
@@ -290,16 +290,16 @@ struct Tile {
   static constexpr int64_t kColumns = 256;
   static int64_t pitch_of(int64_t width) { return up_to(width, 64) + 32; }  // no power of two
   static size_t bytes(int64_t widest) {
-    return Strip::room(widest) + Space::bytes<float>(kTile * pitch_of(widest)) +
-           Space::bytes<float>(kTile * Strip::block_pitch_of(widest)) +
+    return Strip::room(widest) + Space::bytes<float>(kTileRows * pitch_of(widest)) +
+           Space::bytes<float>(kTileRows * Strip::block_pitch_of(widest)) +
            Space::bytes<float>(kTables) + Space::bytes<int16_t>(kTables + 32) +
-           Space::bytes<float>(kColumns * kTokens);
+           Space::bytes<float>(kColumns * kAbreast);
   }
   Tile(Space space, int64_t widest) : strip(space, widest) {
-    memory = (char*)space.take<float>(kTile * pitch_of(widest));
-    scales = space.take<float>(kTile * Strip::block_pitch_of(widest));
+    memory = (char*)space.take<float>(kTileRows * pitch_of(widest));
+    scales = space.take<float>(kTileRows * Strip::block_pitch_of(widest));
     units = space.take<float>(kTables), tables = space.take<int16_t>(kTables + 32);
-    columns = space.take<float>(kColumns * kTokens);
+    columns = space.take<float>(kColumns * kAbreast);
   }
 
   // Rows from .. to; what is missing to 12 is 0.
@@ -326,7 +326,7 @@ struct Tile {
         }
       }
     });
-    const int64_t size = block ? 2 : 4, missing = kTile - (to - from);
+    const int64_t size = block ? 2 : 4, missing = kTileRows - (to - from);
     memset(memory + (to - from) * pitch * size, 0, missing * pitch * size);
     memset(scales + (to - from) * scale_pitch, 0, missing * scale_pitch * sizeof(float));
   }
@@ -356,11 +356,11 @@ struct Tile {
       return word_rows<32, 2>(w, pitch, scales, scale_pitch, words, unit, spans, out);
     if (block == 16)
       return word_rows<16, 2>(w, pitch, scales, scale_pitch, words, unit, 2 * spans, out);
-    memset(out, 0, kTile * kTokens * sizeof(float));
+    memset(out, 0, kTileRows * kAbreast * sizeof(float));
     for (int64_t k = 0; k < x.width; k += kColumns) {
       const int64_t count = x.width - k < kColumns ? x.width - k : kColumns;
       x.widen(which, k, count, columns);
-      float_rows((const float*)memory + k, pitch, 1, kTile, columns, count, out);
+      float_rows((const float*)memory + k, pitch, 1, kTileRows, columns, count, out);
     }
   }
 
@@ -447,7 +447,7 @@ struct Tile {
   }
 };
 
-inline int64_t tiles_of(const Linear& linear) { return (linear.rows + kTile - 1) / kTile; }
+inline int64_t tiles_of(const Linear& linear) { return (linear.rows + kTileRows - 1) / kTileRows; }
 
 // What the members of a team take one after the other; `counter` begins at 0.
 inline bool take(int64_t* counter, int64_t count, int64_t* which) {
@@ -457,18 +457,18 @@ inline bool take(int64_t* counter, int64_t count, int64_t* which) {
 // Rows of tile `which` of a weight that `tile` holds, times a block, with its bias: [12, 32].
 inline void tile_times(const Linear& linear, int64_t from, int64_t count, const Tile& tile,
                        const Operand& x, int64_t block, int64_t tokens, float* out) {
-  tile.times(x, block, tokens - block * kTokens, out);
+  tile.times(x, block, tokens - block * kAbreast, out);
   for (int64_t r = 0; r < count && linear.bias; r++)
-    for (int64_t i = 0; i < kTokens; i++) out[r * kTokens + i] += linear.bias[from + r];
+    for (int64_t i = 0; i < kAbreast; i++) out[r * kAbreast + i] += linear.bias[from + r];
 }
 
 // Tile `which` of a weight times all tokens: store(block, row, count, values [12, 32]).
 template <typename Store>
 inline void all_blocks(const Linear& linear, int64_t which, const Operand& x, int64_t tokens,
                        Tile& tile, Store store_rows) {
-  alignas(64) float out[kTile * kTokens] = {};
-  const int64_t from = which * kTile;
-  const int64_t to = from + kTile < linear.rows ? from + kTile : linear.rows;
+  alignas(64) float out[kTileRows * kAbreast] = {};
+  const int64_t from = which * kTileRows;
+  const int64_t to = from + kTileRows < linear.rows ? from + kTileRows : linear.rows;
   tile.decode(linear, from, to);
   for (int64_t block = 0; block < blocks_of(tokens); block++) {
     tile_times(linear, from, to - from, tile, x, block, tokens, out);
@@ -497,10 +497,10 @@ void gemm_job(void* what, int member, Team* team) {
   for (int64_t which; take(&job->counter, tiles_of(linear), &which);)
     all_blocks(linear, which, x, n, tile,
                [&](int64_t block, int64_t row, int64_t count, const float* values) {
-                 const int64_t here = n - block * kTokens < kTokens ? n - block * kTokens : kTokens;
-                 float* y = job->y + block * kTokens * rows + row;
+                 const int64_t left = n - block * kAbreast, here = left < kAbreast ? left : kAbreast;
+                 float* y = job->y + block * kAbreast * rows + row;
                  for (int64_t i = 0; i < here; i++)
-                   for (int64_t r = 0; r < count; r++) y[i * rows + r] = values[r * kTokens + i];
+                   for (int64_t r = 0; r < count; r++) y[i * rows + r] = values[r * kAbreast + i];
                });
 }
 

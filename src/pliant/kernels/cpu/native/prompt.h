@@ -22,7 +22,7 @@ struct PromptBuffers {  // that all members share
   // attention leaves behind is not needed by the MLP.
   PromptBuffers(char* memory, const Step& s, int64_t tokens) {
     Space space = {memory};
-    const int64_t n = blocks_of(tokens) * kTokens;
+    const int64_t n = blocks_of(tokens) * kAbreast;
     counters = space.take<int64_t>(kCounters * s.layer_count + 1);
     residual = space.take<float>(n * s.hidden);
     normed = space.take<char>(Operand::bytes(n, s.hidden));
@@ -46,17 +46,18 @@ struct PromptOwn {  // of one member
   WordInput last;
 
   static size_t bytes(const Step& s) {
-    return Tile::bytes(Own::widest(s)) + 2 * Space::bytes<float>(s.head_dim * kTokens) +
-           2 * Space::bytes<float>(kKeys * s.head_dim) + Space::bytes<float>(kKeys * kTokens) +
+    return Tile::bytes(Own::widest(s)) + 2 * Space::bytes<float>(s.head_dim * kAbreast) +
+           2 * Space::bytes<float>(kKeys * s.head_dim) + Space::bytes<float>(kKeys * kAbreast) +
            Space::bytes<float>(Own::widest(s)) + Space::bytes<int16_t>(up_to(s.hidden, kSpan)) +
            Space::bytes<float>(Operand::spans_of(s.hidden));
   }
   PromptOwn(Space space, const Step& s) : tile(space, Own::widest(s)) {
     space.at += Tile::bytes(Own::widest(s));
-    query = space.take<float>(s.head_dim * kTokens), sums = space.take<float>(s.head_dim * kTokens);
+    query = space.take<float>(s.head_dim * kAbreast);
+    sums = space.take<float>(s.head_dim * kAbreast);
     key_rows = space.take<float>(kKeys * s.head_dim);
     value_rows = space.take<float>(kKeys * s.head_dim);
-    scores = space.take<float>(kKeys * kTokens);
+    scores = space.take<float>(kKeys * kAbreast);
     row = space.take<float>(Own::widest(s));
     last.words = space.take<int16_t>(up_to(s.hidden, kSpan));
     last.units = space.take<float>(Operand::spans_of(s.hidden));
@@ -83,10 +84,10 @@ inline Floats rms_factor(const float* x, int64_t n, float epsilon) {
   Floats sums[2] = {};
   int64_t f = 0;
   for (; f + 2 <= n; f += 2) {
-    const Floats a = load(x + f * kTokens), b = load(x + (f + 1) * kTokens);
+    const Floats a = load(x + f * kAbreast), b = load(x + (f + 1) * kAbreast);
     sums[0] += a * a, sums[1] += b * b;
   }
-  if (f < n) sums[0] += load(x + f * kTokens) * load(x + f * kTokens);
+  if (f < n) sums[0] += load(x + f * kAbreast) * load(x + f * kAbreast);
   const Floats mean = (sums[0] + sums[1]) / (float)n + epsilon;
   Floats factor;
   for (int i = 0; i < 16; i++) factor[i] = 1.0f / sqrtf(mean[i]);
@@ -100,7 +101,7 @@ void give(const float* from, const float* norm, float epsilon, const Operand& to
   const int64_t parts = norm ? 1 : (to.spans + 15) / 16;  // a norm needs all of a token
   for (int64_t which = member; which < 2 * blocks * parts; which += members) {
     const int64_t block = which / 2 % blocks, half = which % 2, part = which / 2 / blocks;
-    const float* x = from + block * to.width * kTokens + half * 16;
+    const float* x = from + block * to.width * kAbreast + half * 16;
     Floats factor = {}, own[kSpan];
     if (norm) factor = rms_factor(x, to.width, epsilon);
     const int64_t first = part * to.spans / parts, end = (part + 1) * to.spans / parts;
@@ -110,7 +111,7 @@ void give(const float* from, const float* norm, float epsilon, const Operand& to
         if (f >= to.width) {
           own[i] = Floats{};
         } else {
-          own[i] = load(x + f * kTokens);
+          own[i] = load(x + f * kAbreast);
           if (norm) own[i] = norm[f] * (own[i] * factor);
         }
       }
@@ -123,13 +124,13 @@ void give(const float* from, const float* norm, float epsilon, const Operand& to
 void place_head(const Step& s, const PromptBuffers& all, const float* from, const float* norm,
                 int64_t block, float scale, float* out) {
   const int64_t half_dim = s.head_dim / 2;
-  const float* cosines = all.cosines + block * half_dim * kTokens;
-  const float* sines = all.sines + block * half_dim * kTokens;
-  for (int64_t half = 0; half < kTokens; half += 16) {
+  const float* cosines = all.cosines + block * half_dim * kAbreast;
+  const float* sines = all.sines + block * half_dim * kAbreast;
+  for (int64_t half = 0; half < kAbreast; half += 16) {
     Floats factor = Floats{} + 1.0f;
     if (norm) factor = rms_factor(from + half, s.head_dim, s.epsilon);
     for (int64_t i = 0; i < half_dim; i++) {
-      const int64_t low = i * kTokens + half, high = (i + half_dim) * kTokens + half;
+      const int64_t low = i * kAbreast + half, high = (i + half_dim) * kAbreast + half;
       Floats a = load(from + low), b = load(from + high);
       if (norm) a = norm[i] * (a * factor), b = norm[i + half_dim] * (b * factor);
       const Floats c = load(cosines + low), d = load(sines + low);
@@ -142,16 +143,16 @@ void place_head(const Step& s, const PromptBuffers& all, const float* from, cons
 // New keys and values of one head and block go to the cache.
 void remember(const Step& s, const Layer& layer, const PromptBuffers& all, PromptOwn& own,
               int64_t kv, int64_t block, int64_t n, int64_t position) {
-  const int64_t dim = s.head_dim, start = block * kTokens;
-  const int64_t here = n - start < kTokens ? n - start : kTokens;
-  const float* key = all.keys + (block * s.kv_heads + kv) * dim * kTokens;
-  const float* value = all.values + (block * s.kv_heads + kv) * dim * kTokens;
+  const int64_t dim = s.head_dim, start = block * kAbreast;
+  const int64_t here = n - start < kAbreast ? n - start : kAbreast;
+  const float* key = all.keys + (block * s.kv_heads + kv) * dim * kAbreast;
+  const float* value = all.values + (block * s.kv_heads + kv) * dim * kAbreast;
   place_head(s, all, key, layer.key_norm, block, 1.0f, own.query);
   const int64_t at = (kv * s.capacity + position + start) * dim;
   for (int64_t t = 0; t < here; t++)
     for (int64_t i = 0; i < dim; i++) {
-      layer.keys[at + t * dim + i] = to_brain(own.query[i * kTokens + t]);
-      layer.values[at + t * dim + i] = to_brain(value[i * kTokens + t]);
+      layer.keys[at + t * dim + i] = to_brain(own.query[i * kAbreast + t]);
+      layer.values[at + t * dim + i] = to_brain(value[i * kAbreast + t]);
     }
 }
 
@@ -164,11 +165,11 @@ inline void widen_rows(const uint16_t* from, int64_t n, float* __restrict out) {
 void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, PromptOwn& own,
                   int64_t h, int64_t block, int64_t n, int64_t position) {
   const int64_t dim = s.head_dim, kv = h / (s.heads / s.kv_heads);
-  const int64_t first_token = position + block * kTokens;
-  const int64_t last = first_token + kTokens < position + n ? first_token + kTokens : position + n;
-  const int64_t place = (block * s.heads + h) * dim * kTokens;
+  const int64_t first_token = position + block * kAbreast;
+  const int64_t all_of = first_token + kAbreast, last = all_of < position + n ? all_of : position + n;
+  const int64_t place = (block * s.heads + h) * dim * kAbreast;
   place_head(s, all, all.queries + place, layer.query_norm, block, s.score_scale, own.query);
-  memset(own.sums, 0, dim * kTokens * sizeof(float));
+  memset(own.sums, 0, dim * kAbreast * sizeof(float));
   Floats peak[2], total[2] = {};
   peak[0] = peak[1] = Floats{} - 1e30f;
   for (int64_t from = 0; from < last; from += kKeys) {
@@ -176,27 +177,27 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
     const int64_t at = (kv * s.capacity + from) * dim;
     widen_rows(layer.keys + at, count * dim, own.key_rows);
     widen_rows(layer.values + at, count * dim, own.value_rows);
-    memset(own.scores, 0, count * kTokens * sizeof(float));
+    memset(own.scores, 0, count * kAbreast * sizeof(float));
     float_rows(own.key_rows, dim, 1, count, own.query, dim, own.scores);
     for (int64_t t = first_token + 1 > from ? first_token + 1 - from : 0; t < count; t++)
       for (int64_t i = 0; i < from + t - first_token; i++)
-        own.scores[t * kTokens + i] = -1e30f;  // later than the token: e**(that - peak) is nothing
+        own.scores[t * kAbreast + i] = -1e30f;  // later than the token: e**(that - peak) is nothing
     for (int half = 0; half < 2; half++) {
       float* scores = own.scores + half * 16;
       Floats most = peak[half];
       for (int64_t t = 0; t < count; t++) {
-        const Floats score = load(scores + t * kTokens);
+        const Floats score = load(scores + t * kAbreast);
         most = score > most ? score : most;
       }
       const Floats shrink = exponentials(peak[half] - most);
       peak[half] = most, total[half] *= shrink;
       for (int64_t t = 0; t < count; t++) {
-        const Floats weight = exponentials(load(scores + t * kTokens) - most);
+        const Floats weight = exponentials(load(scores + t * kAbreast) - most);
         total[half] += weight;
-        store(scores + t * kTokens, weight);
+        store(scores + t * kAbreast, weight);
       }
       for (int64_t i = 0; i < dim; i++) {
-        float* sum = own.sums + i * kTokens + half * 16;
+        float* sum = own.sums + i * kAbreast + half * 16;
         store(sum, load(sum) * shrink);
       }
     }
@@ -205,7 +206,7 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
   for (int half = 0; half < 2; half++) {
     const Floats inverse = 1.0f / total[half];
     for (int64_t i = 0; i < dim; i++) {
-      const int64_t from = i * kTokens + half * 16;
+      const int64_t from = i * kAbreast + half * 16;
       store(all.attended + place + from, load(own.sums + from) * inverse);
     }
   }
@@ -213,16 +214,16 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
 
 void gated_tile(const Layer& layer, int64_t which, const Operand& x, int64_t tokens, Tile& gate,
                 Tile& up, float* inner) {
-  const int64_t rows = layer.gate.rows, from = which * kTile;
-  const int64_t to = from + kTile < rows ? from + kTile : rows;
-  alignas(64) float first[kTile * kTokens] = {}, second[kTile * kTokens] = {};
+  const int64_t rows = layer.gate.rows, from = which * kTileRows;
+  const int64_t to = from + kTileRows < rows ? from + kTileRows : rows;
+  alignas(64) float first[kTileRows * kAbreast] = {}, second[kTileRows * kAbreast] = {};
   gate.decode(layer.gate, from, to);
   up.decode(layer.up, from, to);
   for (int64_t block = 0; block < blocks_of(tokens); block++) {
     tile_times(layer.gate, from, to - from, gate, x, block, tokens, first);
     tile_times(layer.up, from, to - from, up, x, block, tokens, second);
-    float* out = inner + (block * rows + from) * kTokens;
-    for (int64_t i = 0; i < (to - from) * kTokens; i += 16) {
+    float* out = inner + (block * rows + from) * kAbreast;
+    for (int64_t i = 0; i < (to - from) * kAbreast; i += 16) {
       const Floats value = load(first + i);
       store(out + i, value / (1.0f + exponentials(-value)) * load(second + i));
     }
@@ -243,15 +244,16 @@ void prompt_job(void* what, int member, Team* team) {
   const Operand normed(all.normed, n, s.hidden), attended(all.attended_words, n, outer);
   const Operand inner(all.inner_words, n, s.inner);
 
-  for (int64_t t = member; t < blocks * kTokens; t += members) {
-    float* to = all.residual + t / kTokens * s.hidden * kTokens + t % kTokens;
-    if (t < n) linear_decode(s.embedding, job->tokens[t], job->tokens[t] + 1, own.row, own.tile.strip);
-    for (int64_t f = 0; f < s.hidden; f++) to[f * kTokens] = t < n ? own.row[f] : 0;
-    const int64_t turn = t / kTokens * half_dim * kTokens + t % kTokens;
+  for (int64_t t = member; t < blocks * kAbreast; t += members) {
+    float* to = all.residual + t / kAbreast * s.hidden * kAbreast + t % kAbreast;
+    const int64_t token = t < n ? job->tokens[t] : 0;
+    if (t < n) linear_decode(s.embedding, token, token + 1, own.row, own.tile.strip);
+    for (int64_t f = 0; f < s.hidden; f++) to[f * kAbreast] = t < n ? own.row[f] : 0;
+    const int64_t turn = t / kAbreast * half_dim * kAbreast + t % kAbreast;
     for (int64_t i = 0; i < half_dim; i++) {
       const float angle = (float)(position + t) * s.inverse_frequencies[i];
-      all.cosines[turn + i * kTokens] = cosf(angle) * s.rope_scale;
-      all.sines[turn + i * kTokens] = sinf(angle) * s.rope_scale;
+      all.cosines[turn + i * kAbreast] = cosf(angle) * s.rope_scale;
+      all.sines[turn + i * kAbreast] = sinf(angle) * s.rope_scale;
     }
   }
   for (int64_t i = 0; member == 0 && i < kCounters * s.layer_count + 1; i++) all.counters[i] = 0;
@@ -260,13 +262,13 @@ void prompt_job(void* what, int member, Team* team) {
   auto to_floats = [](float* out) {
     return [out](int64_t rows) {
       return [out, rows](int64_t block, int64_t row, int64_t count, const float* values) {
-        memcpy(out + (block * rows + row) * kTokens, values, count * kTokens * sizeof(float));
+        memcpy(out + (block * rows + row) * kAbreast, values, count * kAbreast * sizeof(float));
       };
     };
   };
   auto add = [&](int64_t block, int64_t row, int64_t count, const float* values) {
-    float* sum = all.residual + (block * s.hidden + row) * kTokens;
-    for (int64_t i = 0; i < count * kTokens; i++) sum[i] += values[i];
+    float* sum = all.residual + (block * s.hidden + row) * kAbreast;
+    for (int64_t i = 0; i < count * kAbreast; i++) sum[i] += values[i];
   };
   int64_t* counter = all.counters;
   int64_t which;
@@ -308,8 +310,8 @@ void prompt_job(void* what, int member, Team* team) {
   }
 
   auto state = [&](int64_t t, float* out) {  // as one row, normalised
-    const float* from = all.residual + t / kTokens * s.hidden * kTokens + t % kTokens;
-    for (int64_t f = 0; f < s.hidden; f++) own.row[f] = from[f * kTokens];
+    const float* from = all.residual + t / kAbreast * s.hidden * kAbreast + t % kAbreast;
+    for (int64_t f = 0; f < s.hidden; f++) own.row[f] = from[f * kAbreast];
     rms_norm(own.row, s.final_norm, s.hidden, s.epsilon, out);
   };
   for (int64_t t = job->first + member; t < n; t += members)
@@ -318,8 +320,8 @@ void prompt_job(void* what, int member, Team* team) {
   state(n - 1, own.row);
   own.last.set(own.row, s.hidden);
   while (take(counter, tiles_of(s.head), &which)) {
-    const int64_t from = which * kTile;
-    const int64_t to = from + kTile < s.head.rows ? from + kTile : s.head.rows;
+    const int64_t from = which * kTileRows;
+    const int64_t to = from + kTileRows < s.head.rows ? from + kTileRows : s.head.rows;
     own.tile.decode(s.head, from, to);
     for (int64_t row = from; row < to; row++)
       job->logits[row] = own.tile.times(row - from, own.last, own.row, s.hidden) +
