@@ -497,7 +497,8 @@ void gemm_job(void* what, int member, Team* team) {
   for (int64_t which; take(&job->counter, tiles_of(linear), &which);)
     all_blocks(linear, which, x, n, tile,
                [&](int64_t block, int64_t row, int64_t count, const float* values) {
-                 const int64_t left = n - block * kAbreast, here = left < kAbreast ? left : kAbreast;
+                 const int64_t left = n - block * kAbreast;
+                 const int64_t here = left < kAbreast ? left : kAbreast;
                  float* y = job->y + block * kAbreast * rows + row;
                  for (int64_t i = 0; i < here; i++)
                    for (int64_t r = 0; r < count; r++) y[i * rows + r] = values[r * kAbreast + i];

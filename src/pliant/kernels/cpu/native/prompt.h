@@ -166,7 +166,7 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
                   int64_t h, int64_t block, int64_t n, int64_t position) {
   const int64_t dim = s.head_dim, kv = h / (s.heads / s.kv_heads);
   const int64_t first_token = position + block * kAbreast;
-  const int64_t all_of = first_token + kAbreast, last = all_of < position + n ? all_of : position + n;
+  const int64_t end = first_token + kAbreast, last = end < position + n ? end : position + n;
   const int64_t place = (block * s.heads + h) * dim * kAbreast;
   place_head(s, all, all.queries + place, layer.query_norm, block, s.score_scale, own.query);
   memset(own.sums, 0, dim * kAbreast * sizeof(float));
