@@ -1,10 +1,11 @@
 """Native kernels of the CPU: products straight from the stored planes, in threads that stay.
 
-Activations meet codes in float32, as everywhere else. Inside `integer_activations` up to 16 of them
-meet group integers as integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do
-they meet group levels of up to 4 bits, whose levels are rounded to 8 bits. More than 16 meet
-decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs in
-plain torch.
+Up to 16 activations meet codes in float32. Inside `integer_activations` they meet group integers as
+integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do they meet group levels of
+up to 4 bits, whose levels are rounded to 8 bits. More than 16, with AVX2, meet group codes in
+products of 16 bits: as integers of 15 bits, with a scale for every 32 (PLIANT_NATIVE=exact turns
+that off). What the kernels do not cover, and all of it where there is no compiler, runs in plain
+torch.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pliant.kernels.cpu.structs import Linear, Unsuited, describe
 from pliant.kernels.dispatch import Kernel, register
 
 MOST = 16  # inputs that are multiplied without decoding a tile
+PIECE = 256  # inputs that meet a weight at a time
 TILE = 2**20  # bytes of a decoded tile
 
 _INTEGER: ContextVar[bool] = ContextVar("integer", default=False)
@@ -101,6 +103,39 @@ def _few(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
 
 
 def _many(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
+    product = _words if multiplies_words() else _tiles
+    return product(native, x, linear)
+
+
+def _words(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
+    y = torch.empty(x.shape[0], linear.rows)
+    for start in range(0, x.shape[0], PIECE):
+        given = x[start : start + PIECE].detach().float().contiguous()
+        n = len(given)
+        operand = aligned(native.pliant_gemm_bytes(n, linear.width))
+        to = y[start:].data_ptr()
+        if not native.pliant_gemm(
+            ctypes.byref(linear), given.data_ptr(), to, n, operand.data_ptr(),
+            torch.get_num_threads(),
+        ):  # fmt: skip
+            raise MemoryError("the system gives no more threads")
+    return y.to(x.dtype)
+
+
+def multiplies_words() -> bool:
+    """Whether many inputs are multiplied in 16 bits: not where torch is faster, or told not to."""
+    native = library()
+    wanted = os.environ.get("PLIANT_NATIVE") != "exact"
+    return wanted and native is not None and bool(native.pliant_words())
+
+
+def aligned(nbytes: int) -> Tensor:
+    """That many bytes, the first of them at a multiple of 64."""
+    room = torch.empty(nbytes + 63, dtype=torch.uint8)
+    return room[-room.data_ptr() % 64 :]
+
+
+def _tiles(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
     y = x.new_empty(x.shape[0], linear.rows)
     step = max(1, min(linear.rows, TILE // (4 * linear.width)))
     room = torch.empty(step, linear.width)
