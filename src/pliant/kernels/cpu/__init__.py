@@ -1,10 +1,10 @@
 """Native kernels of the CPU: products straight from the stored planes, in threads that stay.
 
-Activations meet codes in float32, as everywhere else. Inside `integer_activations` up to 16 of them
-meet group integers as integers of 8 bits, with a scale for every 32 of them; with AVX-512 so do
-they meet group levels of up to 4 bits, whose levels are rounded to 8 bits. More than 16 meet
-decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs in
-plain torch.
+Up to 16 activations meet group integers as integers of 16 bits (in two bytes) with a scale for every
+32 of them, which errs by less than float16 weights do; with AVX-512 so do they meet group levels of
+up to 4 bits, whose levels are rounded to 16 bits too. PLIANT_NATIVE=exact keeps float32 instead, and
+PLIANT_NATIVE=int8 halves the integers inside `integer_activations`. More than 16 meet decoded tiles.
+What the kernels do not cover, and all of it where there is no compiler, runs in plain torch.
 """
 
 from __future__ import annotations
@@ -28,21 +28,27 @@ from pliant.kernels.dispatch import Kernel, register
 MOST = 16  # inputs that are multiplied without decoding a tile
 TILE = 2**20  # bytes of a decoded tile
 
-_INTEGER: ContextVar[bool] = ContextVar("integer", default=False)
+_EIGHT_BITS: ContextVar[bool] = ContextVar("eight_bits", default=False)
 
 
 @contextmanager
 def integer_activations() -> Iterator[None]:
     """Inside, few activations meet group codes in 8 bits, if PLIANT_NATIVE=int8 asks for it.
 
-    Several times as fast. It adds 0.2% (at 3 bits a weight) to 8% (at 4) to the damage of a
-    balanced artifact of SmolLM2, so it is never on by itself.
+    It adds 0.2% (at 3 bits a weight) to 8% (at 4) to the damage of a balanced artifact of SmolLM2,
+    so it is never on by itself.
     """
-    token = _INTEGER.set(os.environ.get("PLIANT_NATIVE") == "int8")
+    token = _EIGHT_BITS.set(True)
     try:
         yield
     finally:
-        _INTEGER.reset(token)
+        _EIGHT_BITS.reset(token)
+
+
+def activation_bits(eight: bool) -> int:
+    """Bits of an activation in a native product; `eight` where 8 may be asked for."""
+    asked = os.environ.get("PLIANT_NATIVE")
+    return 32 if asked == "exact" else 8 if asked == "int8" and eight else 16
 
 
 def _kernel(fallback: Kernel) -> Kernel:
@@ -92,8 +98,8 @@ def _few(native: ctypes.CDLL, x: Tensor, linear: Linear) -> Tensor:
     given = x.detach().float().contiguous()
     y = torch.empty(x.shape[0], linear.rows)
     done = native.pliant_matmul(
-        ctypes.byref(linear), given.data_ptr(), y.data_ptr(), x.shape[0], not _INTEGER.get(),
-        torch.get_num_threads(),
+        ctypes.byref(linear), given.data_ptr(), y.data_ptr(), x.shape[0],
+        activation_bits(_EIGHT_BITS.get()), torch.get_num_threads(),
     )  # fmt: skip
     if not done:
         raise MemoryError("the system gives no more threads")

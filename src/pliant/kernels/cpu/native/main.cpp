@@ -44,9 +44,9 @@ EXPORT void pliant_sizes(int64_t* sizes) {
   sizes[3] = sizeof(Layer), sizes[4] = sizeof(Step);
 }
 
-EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n, int exact,
-                         int threads) {
-  MatmulJob job = {linear, x, y, n, exact, 0};
+EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n,
+                         int activations, int threads) {
+  MatmulJob job = {linear, x, y, n, activations, 0};
   return pool_run(kernels()->matmul, &job, threads);
 }
 

@@ -112,34 +112,34 @@ void attend(const Step& s, const Layer& layer, const Buffers& all, Own& own, int
 
 // Rows of several weights below each other, each to its own y.
 void together(const Linear* const* linears, float* const* y, int count, Inputs& in,
-              bool exact, Pieces pieces, Strip& strip) {
+              Pieces pieces, Strip& strip) {
   for (int64_t from, to; pieces.take(&from, &to);) {
     int64_t start = 0;
     for (int k = 0; k < count; start += linears[k++]->rows) {
       const int64_t first = from > start ? from : start;
       const int64_t end = to < start + linears[k]->rows ? to : start + linears[k]->rows;
       if (first < end)
-        linear_rows(*linears[k], first - start, end - start, in, exact, y[k] + first - start, 0,
+        linear_rows(*linears[k], first - start, end - start, in, y[k] + first - start, 0,
                     strip);
     }
   }
 }
 
-void add_product(const Linear& linear, Inputs& in, bool exact, Pieces pieces, float* sum,
+void add_product(const Linear& linear, Inputs& in, Pieces pieces, float* sum,
                  Strip& strip) {
   float part[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
-    linear_rows(linear, from, to, in, exact, part, 0, strip);
+    linear_rows(linear, from, to, in, part, 0, strip);
     for (int64_t row = from; row < to; row++) sum[row] += part[row - from];
   }
 }
 
-void gated_product(const Layer& layer, Inputs& in, bool exact, Pieces pieces, float* out,
+void gated_product(const Layer& layer, Inputs& in, Pieces pieces, float* out,
                    Strip& strip) {
   float gate[kRows], up[kRows];
   for (int64_t from, to; pieces.take(&from, &to);) {
-    linear_rows(layer.gate, from, to, in, exact, gate, 0, strip);
-    linear_rows(layer.up, from, to, in, exact, up, 0, strip);
+    linear_rows(layer.gate, from, to, in, gate, 0, strip);
+    linear_rows(layer.up, from, to, in, up, 0, strip);
     for (int64_t i = 0; i < to - from; i++)
       out[from + i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
   }
@@ -148,7 +148,6 @@ void gated_product(const Layer& layer, Inputs& in, bool exact, Pieces pieces, fl
 void step_job(void* what, int member, Team* team) {
   const StepJob* job = (const StepJob*)what;
   const Step& s = *job->step;
-  const bool exact = s.exact;
   const int64_t position = job->position;
   const Buffers all(s);
   Own own({(char*)team_scratch(team, member, Own::bytes(s))}, s);
@@ -161,7 +160,7 @@ void step_job(void* what, int member, Team* team) {
 
   auto give = [&](const float* x, int64_t width) {
     own.in.set(x, 1, width);
-    if (!exact) own.in.round();
+    own.in.round(s.activations);
   };
   auto give_normed = [&](const float* weight) {
     rms_norm(all.residual, weight, s.hidden, s.epsilon, own.normed);
@@ -173,27 +172,27 @@ void step_job(void* what, int member, Team* team) {
     const Linear* const qkv[3] = {&layer.q, &layer.k, &layer.v};
     float* const projected[3] = {all.queries, all.keys, all.values};
     give_normed(layer.attention_norm);
-    together(qkv, projected, 3, own.in, exact,
+    together(qkv, projected, 3, own.in,
              Pieces(counter, layer.q.rows + layer.k.rows + layer.v.rows, team), own.strip);
     team_wait(team);
     for (int64_t h = member; h < s.heads; h += team_size(team))
       attend(s, layer, all, own, h, position);
     team_wait(team);
     give(all.attended, s.heads * s.head_dim);
-    add_product(layer.o, own.in, exact, Pieces(counter + 1, s.hidden, team), all.residual, own.strip);
+    add_product(layer.o, own.in, Pieces(counter + 1, s.hidden, team), all.residual, own.strip);
     team_wait(team);
     give_normed(layer.mlp_norm);
-    gated_product(layer, own.in, exact, Pieces(counter + 2, s.inner, team), all.inner, own.strip);
+    gated_product(layer, own.in, Pieces(counter + 2, s.inner, team), all.inner, own.strip);
     team_wait(team);
     give(all.inner, s.inner);
-    add_product(layer.down, own.in, exact, Pieces(counter + 3, s.hidden, team), all.residual,
+    add_product(layer.down, own.in, Pieces(counter + 3, s.hidden, team), all.residual,
                 own.strip);
     team_wait(team);
   }
   if (!job->logits) return;
   give_normed(s.final_norm);
   const Linear* const head[1] = {&s.head};
-  together(head, &job->logits, 1, own.in, exact, Pieces(counter, s.head.rows, team), own.strip);
+  together(head, &job->logits, 1, own.in, Pieces(counter, s.head.rows, team), own.strip);
 }
 
 }  // namespace
