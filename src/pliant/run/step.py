@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
 from pliant.codes import Code, Dense
-from pliant.kernels.cpu import activation_bits
+from pliant.kernels.cpu import activation_bits, pages
 from pliant.kernels.cpu.build import library
 from pliant.kernels.cpu.structs import Layer, Linear, Step, Unsuited, address, linear
 from pliant.model.coded import CodedWeight
@@ -48,6 +48,9 @@ class NativeStep:
         self._bound: tuple[Any, ...] | None = None
         self.vocabulary = 0
         self._describe(model)
+        pages.collapse(
+            tensor for weight in self._weights for tensor in weight.code.tensors().values()
+        )
 
     def current(self) -> bool:
         """Whether the model still is what was described: its modules, codes and tensors."""

@@ -1,10 +1,11 @@
 """Native kernels of the CPU: products straight from the stored planes, in threads that stay.
 
-Up to 16 activations meet group integers as integers of 16 bits (in two bytes) with a scale for every
-32 of them, which errs by less than float16 weights do; with AVX-512 so do they meet group levels of
-up to 4 bits, whose levels are rounded to 16 bits too. PLIANT_NATIVE=exact keeps float32 instead, and
-PLIANT_NATIVE=int8 halves the integers inside `integer_activations`. More than 16 meet decoded tiles.
-What the kernels do not cover, and all of it where there is no compiler, runs in plain torch.
+Up to 16 activations meet group integers as integers of 16 bits (in two bytes) with a scale for
+every 32 of them, which errs by less than the weights' own float16 scales do; with AVX-512 so do
+they meet group levels of up to 4 bits, whose levels are rounded to 16 bits too. PLIANT_NATIVE=exact
+keeps float32 instead, and PLIANT_NATIVE=int8 takes 8 bits inside `integer_activations`. More than
+16 meet decoded tiles. What the kernels do not cover, and all of it where there is no compiler, runs
+in plain torch.
 """
 
 from __future__ import annotations

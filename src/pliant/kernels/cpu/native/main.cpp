@@ -56,8 +56,8 @@ EXPORT int pliant_decode(const Linear* linear, int64_t from, int64_t to, float* 
 }
 
 EXPORT int64_t pliant_shared_floats(const Step* step) {
-  return step->hidden + 2 * step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
-         step->inner + 6 * 16;
+  return step->hidden + step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
+         step->inner + kSplits * step->heads * (step->head_dim + 16) + 6 * 16;
 }
 
 EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float* logits,

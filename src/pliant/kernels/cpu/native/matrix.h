@@ -43,6 +43,8 @@ struct Layer {
   uint16_t *keys, *values;                 // bfloat16 [kv_heads, capacity, head_dim]
 };
 
+constexpr int64_t kSplits = 8;  // most parts that the tokens of a cache are cut into
+
 // One token of one sequence through a model of the Llama family.
 struct Step {
   const Layer* layers;

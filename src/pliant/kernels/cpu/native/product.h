@@ -256,6 +256,9 @@ struct Inputs {
       memcpy(part, from, count * sizeof(float));
       from = part;
     }
+#if defined(__AVX512VNNI__)
+    round_full(c, i, from);
+#else
     float peak = 0, total = 0;
 #pragma omp simd reduction(max : peak) reduction(+ : total)
     for (int j = 0; j < 32; j++) {
@@ -291,7 +294,39 @@ struct Inputs {
     }
     scale[1][c * room(1) + i / 32] = unit;
     sum[1][c * room(1) + i / 32] = unit * (sums[0] + sums[1]);
+#endif
   }
+
+#if defined(__AVX512VNNI__)
+  void round_full(int64_t c, int64_t i, const float* from) {
+    const __m512 values[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+    const __m512 none = _mm512_add_ps(_mm512_sub_ps(values[0], values[0]),
+                                      _mm512_sub_ps(values[1], values[1]));
+    const float peak = _mm512_reduce_max_ps(
+        _mm512_max_ps(_mm512_abs_ps(values[0]), _mm512_abs_ps(values[1])));
+    const bool finite = _mm512_cmp_ps_mask(none, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+    const float top = bits == 16 ? 127 * 256 : 127, inverse = peak > 1e-30f ? top / peak : 0;
+    const float unit = finite ? peak / top : NAN;
+    int32_t sums[2];
+    for (int k = 0; k < 2; k++) {
+      const int64_t b = c * room(0) + i / 16 + k, to = c * padded + i + 16 * k;
+      const __m512i whole =
+          _mm512_cvtps_epi32(_mm512_mul_ps(values[k], _mm512_set1_ps(inverse)));
+      sums[k] = _mm512_reduce_add_epi32(whole);
+      scale[0][b] = unit, sum[0][b] = unit * sums[k];
+      __m512i high = whole;
+      if (bits == 16) {
+        high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+        const __m512i rest = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+        _mm_storeu_si128((__m128i*)(low + to), _mm512_cvtepi32_epi8(rest));
+        high_sum[b] = unit * (sums[k] - _mm512_reduce_add_epi32(rest) * 0x1p-8f);
+      }
+      _mm_storeu_si128((__m128i*)(q + to), _mm512_cvtepi32_epi8(high));
+    }
+    scale[1][c * room(1) + i / 32] = unit;
+    sum[1][c * room(1) + i / 32] = unit * (sums[0] + sums[1]);
+  }
+#endif
 };
 
 // Row r of the strip as float32 [width].
@@ -504,17 +539,25 @@ __attribute__((noinline)) void linear_decode(const Linear& linear, int64_t from,
   }
 }
 
-// Pieces of `rows` that members take as they come, so that a slow core gets fewer of them.
+// Pieces of `rows`: three quarters are shared out from the start, which each member reads in order;
+// the rest members take as they come, so that a slow core gets fewer of them.
 struct Pieces {
   int64_t* counter;
-  int64_t rows, size;
+  int64_t rows, next, end, shared, size;
 
-  Pieces(int64_t* counter, int64_t rows, const Team* team) : counter(counter), rows(rows) {
-    size = up_to(rows / (team_size(team) * 8) + 1, 16);
-    size = size > kRows ? kRows : size;
+  Pieces(int64_t* counter, int64_t rows, const Team* team, int member)
+      : counter(counter), rows(rows) {
+    const int64_t members = team_size(team), share = rows * 3 / (4 * members) / 16 * 16;
+    next = share * member, end = next + share, shared = share * members;
+    size = (rows - shared) / (members * 8) / 16 * 16;
+    size = size < 16 ? 16 : size > kRows ? kRows : size;
   }
   bool take(int64_t* from, int64_t* to) {
-    *from = __atomic_fetch_add(counter, size, __ATOMIC_RELAXED);
+    if (next < end) {
+      *from = next, *to = next = next + kRows < end ? next + kRows : end;
+      return true;
+    }
+    *from = shared + __atomic_fetch_add(counter, size, __ATOMIC_RELAXED);
     *to = *from + size < rows ? *from + size : rows;
     return *from < rows;
   }
@@ -529,7 +572,7 @@ void matmul_job(void* what, int member, Team* team) {
   Inputs in(space, job->n, linear.width);
   in.set(job->x, job->n, linear.width);
   in.round(wants_integers(linear) ? job->activations : 32);
-  Pieces pieces(&job->counter, linear.rows, team);
+  Pieces pieces(&job->counter, linear.rows, team, member);
   for (int64_t from, to; pieces.take(&from, &to);)
     linear_rows(linear, from, to, in, job->y + from, linear.rows, strip);
 }
@@ -539,7 +582,7 @@ void decode_job(void* what, int member, Team* team) {
   const Linear& linear = *job->linear;
   Space space = {(char*)team_scratch(team, member, Strip::room(linear.width))};
   Strip strip(space, linear.width);
-  Pieces pieces(&job->counter, job->to - job->from, team);
+  Pieces pieces(&job->counter, job->to - job->from, team, member);
   for (int64_t from, to; pieces.take(&from, &to);)
     linear_decode(linear, job->from + from, job->from + to, job->out + from * linear.width, strip);
 }
