@@ -10,7 +10,6 @@ are used.
 from __future__ import annotations
 
 import ctypes
-import os
 import weakref
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
 from pliant.codes import Code, Dense
-from pliant.kernels.cpu import PIECE, aligned
+from pliant.kernels.cpu import PIECE, activation_bits, aligned, pages
 from pliant.kernels.cpu.build import library
 from pliant.kernels.cpu.structs import Layer, Linear, Step, Unsuited, address, linear
 from pliant.model.coded import CodedWeight
@@ -49,6 +48,9 @@ class NativeStep:
         self._bound: tuple[Any, ...] | None = None
         self.vocabulary = 0
         self._describe(model)
+        pages.collapse(
+            tensor for weight in self._weights for tensor in weight.code.tensors().values()
+        )
 
     def current(self) -> bool:
         """Whether the model still is what was described: its modules, codes and tensors."""
@@ -72,7 +74,7 @@ class NativeStep:
         codes = [weight.code for weight in self._weights]  # they stay until the call is over
         to = address(logits, (self.vocabulary,), torch.float32)
         position = cache.layers[0].length
-        self._step.exact = os.environ.get("PLIANT_NATIVE") != "int8"
+        self._step.activations = activation_bits(eight=True)
         threads = torch.get_num_threads()
         if not self._native.pliant_step(ctypes.byref(self._step), token, position, to, threads):
             return False

@@ -47,9 +47,9 @@ EXPORT void pliant_sizes(int64_t* sizes) {
   sizes[3] = sizeof(Layer), sizes[4] = sizeof(Step);
 }
 
-EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n, int exact,
-                         int threads) {
-  MatmulJob job = {linear, x, y, n, exact, 0};
+EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n,
+                         int activations, int threads) {
+  MatmulJob job = {linear, x, y, n, activations, 0};
   return pool_run(kernels()->matmul, &job, threads);
 }
 
@@ -59,8 +59,8 @@ EXPORT int pliant_decode(const Linear* linear, int64_t from, int64_t to, float* 
 }
 
 EXPORT int64_t pliant_shared_floats(const Step* step) {
-  return step->hidden + 2 * step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
-         step->inner + 6 * 16;
+  return step->hidden + step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
+         step->inner + kSplits * step->heads * (step->head_dim + 16) + 6 * 16;
 }
 
 EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float* logits,

@@ -43,6 +43,8 @@ struct Layer {
   uint16_t *keys, *values;                 // bfloat16 [kv_heads, capacity, head_dim]
 };
 
+constexpr int64_t kSplits = 8;  // most parts that the tokens of a cache are cut into
+
 // One token of one sequence through a model of the Llama family.
 struct Step {
   const Layer* layers;
@@ -50,7 +52,7 @@ struct Step {
   Linear embedding, head;
   const float *final_norm, *inverse_frequencies;  // [hidden], [head_dim / 2]
   float epsilon, rope_scale, score_scale;
-  int32_t exact;
+  int32_t activations;  // bits of one in a product: 8, 16 or 32
   float* shared;      // pliant_shared_floats() of them
   int64_t* counters;  // 4 a layer and 1
 };
@@ -79,7 +81,7 @@ struct MatmulJob {
   const float* x;  // [n, width]
   float* y;        // [n, rows]
   int64_t n;
-  int32_t exact;
+  int32_t activations;  // bits of one in a product: 8, 16 or 32
   int64_t counter;
 };
 
