@@ -11,10 +11,10 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
 
 import torch
 
-from .timings import machine  # noqa: F401  (a fixture)
-
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, if Triton is there
     os.environ["TRITON_INTERPRET"] = "1"
+
+from .timings import machine  # noqa: F401  (a fixture; it imports Triton)
 
 TEXT = """
 The harbour of the old town wakes before the sun does. Boats that went out at midnight come back
