@@ -13,7 +13,8 @@ from pliant.kernels import cpu, matmul, reference, register
 from pliant.kernels.dispatch import _KERNELS
 from tests.codes.forms import codes, group_int, integers
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}
+# Native products hold activations in 15 bits or more; tests/kernels/test_cpu.py has sharper bounds.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 6e-3, torch.bfloat16: 5e-2}
 
 
 @settings(max_examples=200, deadline=None)
@@ -28,7 +29,8 @@ def test_matmul_agrees_with_the_decoded_matrix(
     assert y.dtype == dtype
     assert tuple(y.shape) == (batch, out)
     exact = x.double() @ code.decode().double().T
-    scale = float((x.double().abs() @ code.decode().double().abs().T).max()) if batch else 1.0
+    weight = code.decode().double()
+    scale = float((x.double().norm(dim=1)[:, None] * weight.norm(dim=1)).max()) if batch else 1.0
     assert float((y - exact).abs().max() if batch else 0) <= TOLERANCE[dtype] * max(scale, 1.0)
 
 
