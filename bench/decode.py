@@ -97,11 +97,17 @@ def ours(model: Any, activations: str) -> dict[str, float]:
 
 
 def llama(build: Path, gguf: Path, threads: int) -> dict[str, float]:
-    command = [build / "bin/llama-bench", "-m", gguf, "-t", str(threads), "-p", str(PROMPT),
-               "-n", str(ANSWER), "-r", "3", "-o", "json"]  # fmt: skip
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    tests = {("prefill" if t["n_prompt"] else "decode"): t["samples_ts"] for t in json.loads(said)}
-    return {kind: statistics.median(samples) for kind, samples in tests.items()}
+    """A prompt, and an answer behind so long a prompt, as ours is measured."""
+    common = [build / "bin/llama-bench", "-m", gguf, "-t", str(threads), "-r", "3", "-o", "json"]
+    found = {}
+    for kind, options in (
+        ("prefill", ["-p", str(PROMPT), "-n", "0"]),
+        ("decode", ["-p", "0", "-n", str(ANSWER), "-d", str(PROMPT)]),
+    ):
+        said = subprocess.run([*common, *options], check=True, capture_output=True, text=True)
+        (test,) = json.loads(said.stdout)
+        found[kind] = statistics.median(test["samples_ts"])
+    return found
 
 
 def summary(name: str, theirs: int, ours: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
