@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from pliant.kernels.cuda import build
 from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
+    choose_shape,
     multiply,
     project,
     sparse_terms,
@@ -144,7 +145,7 @@ def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str
             weight = code.decode(torch.float64)
             for n in (1, 2, 3, 5, 8, 9, 15, 16):
                 x = random_x(n, width, dtype)
-                for shape in (Shape(), Shape(4, 2), Shape(16, 4), Shape(8, 1, 1, 3)):
+                for shape in (Shape(), Shape(4, 2), Shape(16, 4), Shape(8, 3, 2, 1, 5)):
                     y = torch.full((n, out), torch.nan, dtype=dtype, device="cuda")
                     multiply(x, code, library, stream, shape, y=y)
                     error, rounding = disagreement(y, x, weight)
@@ -261,15 +262,19 @@ def bf16_time(out: int, width: int, n: int) -> float:
     return took
 
 
-def shapes_to_try(n: int, depths: tuple[int, ...]) -> Iterator[Shape]:
+def shapes_to_try(code: Code, n: int) -> Iterator[Shape]:
+    """Around one block a multiprocessor: half as many tiles, other warps, depths and chunks."""
+    chosen = choose_shape(code, n)
+    tiles, fewer = chosen.row_tiles, -(-chosen.row_tiles // 2)
+    segments = code.bit_width // PLANES[code.bit_width][-1]
+    other = 2 if 1 < segments <= 3 else 1  # loads that are not the kernel's own choice
+    yield from (chosen, replace(chosen, depth=2), replace(chosen, loads=other))
+    yield replace(chosen, row_tiles=fewer)
+    if n <= 8:
+        yield from (replace(chosen, warps=16), replace(chosen, warps=16, depth=2))
     if n == 1:
-        for warps, tiles, depth in product((8, 4, 16), (1, 2), depths):
-            yield Shape(warps, tiles, depth, 1)
-            if warps <= 8:
-                yield Shape(warps, tiles, depth, 3)
-    else:
-        for (warps, tiles), depth in product(((16, 2), (16, 4), (8, 1), (8, 2), (8, 4)), depths):
-            yield Shape(warps, tiles, depth, 1)
+        yield replace(chosen, warps=16, loads=other)
+        yield from (replace(chosen, warps=4, row_tiles=r) for r in {fewer, -(-tiles // 4)})
 
 
 def time_code(
@@ -282,8 +287,6 @@ def time_code(
     out, width = codes[0].shape
     x = random_x(n, width)
     y = torch.empty(n, out, dtype=x.dtype, device="cuda")
-    own = library.pliant_depth()
-    depths = tuple(d for d in (4, 2, 1) if d <= own) if n <= 8 else (1,)
 
     def timed(shape: Shape, quick: bool) -> float:
         def launch(i: int) -> None:
@@ -295,7 +298,7 @@ def time_code(
 
     tried: list[tuple[float, Shape]] = []
     failed = ""
-    for shape in shapes_to_try(n, depths):
+    for shape in shapes_to_try(codes[0], n):
         try:
             tried.append((timed(shape, True), shape))
         except Exception as error:
@@ -303,13 +306,13 @@ def time_code(
             torch.cuda.synchronize()
     tried.sort(key=lambda pair: pair[0])
     best = min(((timed(s, False), s) for _, s in tried[:3]), key=lambda pair: pair[0])
-    alone = timed(Shape(**{**asdict(best[1]), "overlap": False}), False)
+    alone = timed(replace(best[1], overlap=False), False)
     moved = codes[0].nbytes + 2 * n * (out + width)
     shape = best[1]
-    how = f"{shape.warps} warps, {shape.row_tiles} tiles, {shape.depth} deep, {shape.resident} res"
+    how = f"{shape.warps} warps, {shape.row_tiles} tiles, {shape.depth} deep, {shape.loads} loads"
     row = {"us": best[0], "gbs": moved / best[0] / 1e3, "us_no_overlap": alone, "how": how}
     row["next"] = "; ".join(
-        f"{s.warps}/{s.row_tiles}/{s.depth}/{s.resident}={t:.2f}" for t, s in tried[1:6]
+        f"{s.warps}/{s.row_tiles}/{s.depth}/{s.loads}={t:.2f}" for t, s in tried[1:]
     )
     return row | ({"failed": failed} if failed else {})
 
