@@ -39,9 +39,11 @@ from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
     choose_shape,
+    expand,
     multiply,
     project,
     sparse_terms,
+    vector_bytes,
 )
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
@@ -143,6 +145,9 @@ def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str
         for packed in (False, True):
             code = random_code(out, width, bits, group, levels=levels, packed=packed)
             weight = code.decode(torch.float64)
+            if vector_bytes(code) >= 8:
+                decoded = expand(code, dtype == torch.float16, library, stream)
+                torch.testing.assert_close(decoded, code.decode(dtype), rtol=2.0**-7, atol=0)
             for n in (1, 2, 3, 5, 8, 9, 15, 16):
                 x = random_x(n, width, dtype)
                 for shape in (Shape(), Shape(4, 2), Shape(16, 4), Shape(8, 3, 2, 1, 5)):
@@ -317,20 +322,27 @@ def time_code(
     return row | ({"failed": failed} if failed else {})
 
 
-def time_prefill(codes: list[Code], n: int) -> Iterator[tuple[str, float]]:
-    """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles."""
+def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str, float]]:
+    """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles.
+
+    Decoded by the CUDA kernel and, to compare, by Triton's.
+    """
     from pliant.kernels.triton import group as triton_group
 
     x = random_x(n, codes[0].width)
 
-    def decoded(i: int) -> None:
-        F.linear(x, triton_group.decode(codes[i], x.dtype))
+    def by_cuda(i: int) -> Tensor:
+        return expand(codes[i], False, library, torch.cuda.current_stream().cuda_stream)
 
-    def alone(i: int) -> None:
-        triton_group.decode(codes[i], x.dtype)
+    def by_triton(i: int) -> Tensor:
+        return triton_group.decode(codes[i], x.dtype)
 
-    yield "decode alone", microseconds(alone, len(codes), True)
-    yield "decode + cuBLAS", microseconds(decoded, len(codes), True)
+    for name, decode in (("decode", by_cuda), ("Triton's decode", by_triton)):
+        yield f"{name} alone", microseconds(lambda i, d=decode: _call(d, i), len(codes), True)
+        yield (
+            f"{name} + cuBLAS",
+            microseconds(lambda i, d=decode: _call(F.linear, x, d(i)), len(codes), True),
+        )
     for tile, warps, stages in (
         ((128, 128, 64), 4, 3), ((128, 128, 64), 8, 3), ((128, 256, 64), 8, 3),
         ((64, 256, 64), 4, 3), ((128, 128, 32), 4, 4), ((128, 64, 64), 4, 3),
@@ -493,7 +505,8 @@ def main() -> None:
             lambda o=out, w=width: _time_sum(o, w, libraries, results))  # fmt: skip
     for out, width in SHAPES:
         run(f"prefill 512 int4 {out}x{width}",
-            lambda o=out, w=width: _prefill(o, w, base(o, w, 512)))  # fmt: skip
+            lambda o=out, w=width: _prefill(
+                o, w, base(o, w, 512), libraries[4, False, False, False].result()))  # fmt: skip
     for bits, (out, width) in product((4, 2, 8), SHAPES):
         run(f"peers gemlite int{bits} {out}x{width} batch 1",
             lambda b=bits, o=out, w=width: {"us": gemlite_time(o, w, 1, b)})  # fmt: skip
@@ -567,11 +580,11 @@ def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[st
     return row | ({"slower": row["us"] / alone - 1} if alone else {})
 
 
-def _prefill(out: int, width: int, dense: float) -> dict[str, Any]:
+def _prefill(out: int, width: int, dense: float, library: Any) -> dict[str, Any]:
     one = random_code(out, width, 4, 128)
     codes = [one, *(random_code(out, width, 4, 128) for _ in range(distinct_of(one.nbytes) - 1))]
-    ways = dict(time_prefill(codes, 512))
-    best = min((w for w in ways if w != "decode alone"), key=ways.__getitem__)
+    ways = dict(time_prefill(codes, 512, library))
+    best = min((w for w in ways if not w.endswith("alone")), key=ways.__getitem__)
     times = {way: round(took, 1) for way, took in ways.items()}
     return {"us": ways[best], "times_bf16": dense / ways[best], "how": best, "ways": times,
             "bf16_us": dense}  # fmt: skip

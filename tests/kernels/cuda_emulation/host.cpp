@@ -52,3 +52,13 @@ extern "C" int pliant_decode(const Args* a, int vec, int loads, int depth, int t
   PLIANT_EACH_CASE
   return -1;
 }
+
+static int expand_first, expand_last;
+extern "C" int pliant_expand(const Args* a, int first, int last, void*) {
+  args = *a;
+  expand_first = first, expand_last = last;
+  const int64_t items = static_cast<int64_t>(last - first) * (a->width * kLow / 64);
+  for (int i = 0; i < (items + 255) / 256; i++)
+    emulate::run_block(i, 256, [] { expand(args, expand_first, expand_last); });
+  return 0;
+}

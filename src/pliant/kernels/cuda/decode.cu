@@ -89,7 +89,7 @@ constexpr int kDigits = LEVELS ? 2 : 1;           // of a weight
 constexpr int kLargest = 127 * 256 + 127;         // that two signed digits hold
 constexpr int kEntries = BITS <= 3 ? 8 : 16;      // of a digit of a table
 constexpr int kTableWords = kEntries / 4;
-constexpr float kMiddle = LEVELS ? 0.0f : BITS == 1 ? 0.5f : 1 << (BITS - 1);  // zero point
+constexpr float kMiddle = LEVELS ? 1.0f : BITS == 1 ? 0.5f : 1 << (BITS - 1);  // zero point
 
 __host__ __device__ constexpr int plane_width(int i) {  // 8 | 4, 2, 1: the widest comes first
   if (BITS == 8) return 8;
@@ -488,8 +488,8 @@ template <int VEC, int LOADS>
 __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uint8_t* shared, int begin,
                                         int count, int bytes) {
   constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS;
-  constexpr int kTeam = kUnit / 8;  // threads of a unit, eight neighbours each
-  constexpr int kBatch = 4;         // loads issued together
+  constexpr int kTeam = kUnit / 16;  // threads of a unit, sixteen neighbours each
+  constexpr int kBatch = 2;          // pairs of loads issued together
   constexpr bool kPaired = LEVELS != 0 && VEC > 4;
   float2* steps = reinterpret_cast<float2*>(shared + layout.steps);
   const int units = kSlices * count, each = units * kTeam, items = a.n * each;
@@ -499,23 +499,26 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
     column = a.n == 1 ? 0 : i / each;
     const int within = i - column * each;
     unit = within / kTeam;
-    k = within * 8;
+    k = within * 16;
     if (whole) return;
     const int slice = unit / count, chunk = unit - slice * count;
     unit = slice * a.slab + chunk;
-    k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 8;
+    k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 16;
   };
   for (int base = 0; base < items; base += kBatch * blockDim.x) {
-    uint4 ahead[kBatch];
+    uint4 ahead[kBatch][2];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
       const int i = base + b * blockDim.x + threadIdx.x;
       int column, unit, k;
       place(i, column, unit, k);
-      ahead[b] = make_uint4(0, 0, 0, 0);
-      if (i < items)
-        ahead[b] = __ldcg(reinterpret_cast<const uint4*>(
-            a.x + static_cast<int64_t>(column) * a.width + k));
+      ahead[b][0] = ahead[b][1] = make_uint4(0, 0, 0, 0);
+      if (i < items) {
+        const uint4* from =
+            reinterpret_cast<const uint4*>(a.x + static_cast<int64_t>(column) * a.width + k);
+        ahead[b][0] = __ldcg(from);
+        ahead[b][1] = __ldcg(from + 1);
+      }
     }
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
@@ -523,41 +526,42 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
       const int i = base + b * blockDim.x + threadIdx.x;
       int column, unit, k;
       place(i, column, unit, k);
-      const uint32_t w[4] = {ahead[b].x, ahead[b].y, ahead[b].z, ahead[b].w};
-      float v[8];
+      const uint32_t w[8] = {ahead[b][0].x, ahead[b][0].y, ahead[b][0].z, ahead[b][0].w,
+                             ahead[b][1].x, ahead[b][1].y, ahead[b][1].z, ahead[b][1].w};
+      float v[16];
       uint32_t most = 0;  // of magnitudes as integers, which keeps NaN
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
+      for (int j = 0; j < 16; j++) {
         v[j] = x_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
         most = max(most, __float_as_uint(v[j]) & 0x7fffffffu);
       }
 #pragma unroll
       for (int m = 1; m < kTeam; m *= 2) most = max(most, shuffle_xor(most, m));
       const float step = step_of(__uint_as_float(most)), per_unit = __fdividef(1.0f, step);
-      uint32_t fixed[8], sum = 0;
+      uint32_t fixed[16], sum = 0;
 #pragma unroll
-      for (int j = 0; j < 8; j++) {
+      for (int j = 0; j < 16; j++) {
         // Levels take two words' bytes in turn, as selectors_of has them.
-        fixed[j] = fixed_point(v[kPaired ? j / 2 + j % 2 * 4 : j], per_unit);
+        fixed[j] = fixed_point(v[kPaired ? j / 8 * 8 + j % 8 / 2 + j % 2 * 4 : j], per_unit);
         sum += fixed[j];
       }
-      sum -= 8 * kFixedZero;
+      sum -= 16 * kFixedZero;
 #pragma unroll
       for (int m = 1; m < kTeam; m *= 2) sum += shuffle_xor(sum, m);
       if (i < items) {
-        const int in_unit = i % kTeam * 8;
+        const int in_unit = i % kTeam * 16;
         uint8_t* to = shared + layout.digits +
                       ((unit * LOADS + in_unit / kLoad) * 2 * a.n + 2 * column) * kLoad + in_unit % kLoad;
-        uint32_t high[2], low[2];
+        uint32_t high[4], low[4];
 #pragma unroll
-        for (int j = 0; j < 2; j++) {
+        for (int j = 0; j < 4; j++) {
           const uint32_t* f = fixed + 4 * j;
           const uint32_t first = permute(f[0], f[1], 0x5140), second = permute(f[2], f[3], 0x5140);
           low[j] = permute(first, second, 0x5410) ^ 0x80808080u;
           high[j] = permute(first, second, 0x7632);
         }
-        *reinterpret_cast<uint2*>(to) = make_uint2(high[0], high[1]);
-        *reinterpret_cast<uint2*>(to + kLoad) = make_uint2(low[0], low[1]);
+        *reinterpret_cast<uint4*>(to) = make_uint4(high[0], high[1], high[2], high[3]);
+        *reinterpret_cast<uint4*>(to + kLoad) = make_uint4(low[0], low[1], low[2], low[3]);
         if (i % kTeam == 0) {
           const uint32_t place_in_byte = place_of(unit / a.slab);
           steps[unit * a.n + column] =
@@ -574,6 +578,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS, kWords = VEC / 4;
   constexpr int kTiles = TILES ? TILES : 1;                             // of columns
   constexpr int kTogether = TILES ? 1 : kSlices < 4 ? kSlices : 4;      // slices of an accumulator
+  constexpr int kChains = TILES ? 1 : 2;  // accumulators in turn, to wait less for one another
   const int warps = blockDim.x / 32, warp = of_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int quad = lane / 4, t = lane % 4, of_x = TILES ? a.n : 1;
   const Layout layout = layout_of(a, VEC, LOADS, DEPTH, warps);
@@ -738,7 +743,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
       const int at_digits = opaque(to_digits + unit * (LOADS * 2 * kLoad) * of_x);
 #pragma unroll
       for (int first = 0; first < kSlices; first += kTogether) {
-        int sums[kDigits][kTiles][4] = {};
+        int sums[kDigits][kChains * kTiles][4] = {};
         const uint8_t* digits[kTiles];
 #pragma unroll
         for (int n = 0; n < kTiles; n++)
@@ -784,7 +789,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                   }
                 }
 #pragma unroll
-                for (int n = 0; n < kTiles; n++) multiply(sums[d][n], w[0], w[1], b[n][0]);
+                for (int n = 0; n < kTiles; n++) multiply(sums[d][j % kChains * kTiles + n], w[0], w[1], b[n][0]);
               }
             } else {
 #pragma unroll
@@ -810,11 +815,17 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                 for (int d = 0; d < kDigits; d++)
 #pragma unroll
                   for (int n = 0; n < kTiles; n++)
-                    multiply(sums[d][n], w[d][0], w[d][1], w[d][2], w[d][3], b[n][i], b[n][i + 1]);
+                    multiply(sums[d][i / 2 % kChains * kTiles + n], w[d][0], w[d][1], w[d][2], w[d][3],
+                             b[n][i], b[n][i + 1]);
               }
             }
           }
         }
+        if constexpr (kChains > 1)
+#pragma unroll
+          for (int d = 0; d < kDigits; d++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[d][0][j] += sums[d][1][j];
         // Columns 2 t and 2 t + 1 are the digits of a slice, or of a row of x.
         const int here = at_scales + first * a.slab * 4;
         const float s[2] = {shared_at<float>(shared, here), shared_at<float>(shared, here + below)};
@@ -899,6 +910,79 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   if (before) count_done(a);
 }
 
+// ---- decoding ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pair_x(float low, float high) {
+#ifdef PLIANT_EMULATE
+  return float_x(low) | static_cast<uint32_t>(float_x(high)) << 16;
+#else
+  if constexpr (HALF) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+#endif
+}
+
+// Rows first to last of W, [last - first, width] at y: a thread takes eight bytes of each segment, so
+// eight neighbouring inputs of each slice. Groups are whole multiples of eight inputs.
+__global__ void __launch_bounds__(256) expand(const Args a, int first, int last) {
+  __shared__ float levels[LEVELS ? 4096 : 1];  // of as many tables as fit, else they are read as stored
+  const int entries = LEVELS ? a.table_count << BITS : 0;
+  if constexpr (LEVELS != 0) {
+    if (entries <= 4096)
+      for (int i = threadIdx.x; i < entries; i += blockDim.x) levels[i] = half_float(a.tables[i]);
+    __syncthreads();
+  }
+  const int bytes = a.width * kLow / 8, each = bytes / 8;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int row = first + static_cast<int>(item / each), place = item % each * 8;
+  if (row >= last) return;
+  uint32_t words[kSegments][2];
+#pragma unroll
+  for (int p = 0; p < kPlaneCount; p++)
+#pragma unroll
+    for (int r = 0; r < plane_width(p) / kLow; r++) {
+      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(
+          a.planes[p] + static_cast<int64_t>(row) * bytes * (plane_width(p) / kLow) + r * bytes + place));
+      words[plane_first(p) + r][0] = raw.x, words[plane_first(p) + r][1] = raw.y;
+    }
+  uint16_t* to = static_cast<uint16_t*>(a.y) + static_cast<int64_t>(row - first) * a.width + place;
+#pragma unroll
+  for (int slice = 0; slice < kSlices; slice++) {
+    const int k = slice * bytes + place;
+    const int group = a.group_shift >= 0 ? k >> a.group_shift : k / a.group_size;
+    const float scale = group_scale(a, row, group);
+    float zero = kMiddle;
+    int table = 0;
+    if constexpr (LEVELS != 0) {
+      if (a.selector_bits)
+        table = packed_value(a.zero_planes, a.selector_bits, row, group, a.groups) << BITS;
+    } else if (a.zero_planes[0]) {
+      zero = packed_value(a.zero_planes, BITS, row, group, a.groups);
+    }
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t q = weights_of(words, slice, i, 0);
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if constexpr (LEVELS != 0) {
+          const int at = table + (q >> 8 * j & 0xff);
+          v[j] = (entries <= 4096 ? levels[at] : half_float(a.tables[at])) * scale;
+        } else {  // q at the end of the mantissa of 2**23
+          v[j] = (__uint_as_float(permute(q, 0x4B000000u, 0x7440 + j)) - 8388608.0f - zero) * scale;
+        }
+      }
+      out[2 * i] = pair_x(v[0], v[1]);
+      out[2 * i + 1] = pair_x(v[2], v[3]);
+    }
+    *reinterpret_cast<uint4*>(to + slice * bytes) = make_uint4(out[0], out[1], out[2], out[3]);
+  }
+}
+
 // middle = x B^T for the few rows B [rank, width] of a low-rank term: a block a row of B. The kernel
 // launched next may start once x is there, to run beside this one.
 __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t* b, float* middle,
@@ -957,7 +1041,7 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 #ifndef PLIANT_EMULATE
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
-__global__ void __launch_bounds__(TILES == 4 ? 256 : 512)
+__global__ void __launch_bounds__(TILES == 4 || (TILES && LEVELS) ? 256 : 512)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
   decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);
@@ -1015,6 +1099,12 @@ int pliant_project(const void* x, const void* b, void* middle, int n, int width,
   return start(project, rank, 256, 0, overlap, static_cast<cudaStream_t>(stream),
                static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(b),
                static_cast<float*>(middle), n, width, rank, b_bf16);
+}
+// Rows first to last of W to y; bytes of a row of the narrowest plane a multiple of 8.
+int pliant_expand(const Args* a, int first, int last, void* stream) {
+  const int64_t items = static_cast<int64_t>(last - first) * (a->width * kLow / 64);
+  return start(expand, static_cast<int>((items + 255) / 256), 256, 0, false,
+               static_cast<cudaStream_t>(stream), *a, first, last);
 }
 const char* pliant_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 }

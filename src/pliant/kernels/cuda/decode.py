@@ -51,10 +51,10 @@ class _Args(ctypes.Structure):
 class Shape:
     """How a launch cuts its work.
 
-    warps: of a block, up to 16 (8 for more than 8 rows of x). row_tiles: of 16 rows of W, of a
-    block; its warps share out their chunks. depth: chunks that a warp has in flight, 4 or 2.
-    loads: of 16 bytes of a lane in a chunk, 1 or 2. slab: chunks of x in shared memory at once.
-    0: as many as are good and fit.
+    warps: of a block, up to 16 (8 for more than 8 rows of x, or for levels more than one).
+    row_tiles: of 16 rows of W, of a block; its warps share out their chunks. depth: chunks that a
+    warp has in flight, 4 or 2. loads: of 16 bytes of a lane in a chunk, 1 or 2. slab: chunks of x
+    in shared memory at once. 0: as many as are good and fit.
     overlap: fetch weights while the kernel before still runs (programmatic dependent launch).
     """
 
@@ -137,8 +137,8 @@ def multiply(
         args.sparse_starts = terms.starts.data_ptr()
     loads = _loads(code, vec, shape)
     tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
-    if tiles == 4 and shape.warps > 8:
-        shape = replace(shape, warps=8)  # what its registers allow
+    if (tiles == 4 or (tiles and isinstance(code, GroupLevels))) and shape.warps > 8:
+        shape = replace(shape, warps=8)  # what their registers allow
     depth = _fit(args, code, vec, loads, shape, library)
     status = library.pliant_decode(
         ctypes.byref(args), vec, loads, depth, tiles, shape.warps, int(shape.overlap),
@@ -147,6 +147,29 @@ def multiply(
     if status:
         raise PliantError(f"the decode kernel did not start (error {status})")
     return y
+
+
+def expand(
+    code: GroupInt | GroupLevels,
+    half: bool,
+    library: Any,
+    stream: int,
+    rows: slice = slice(None),  # of step 1
+) -> Tensor:
+    """Those rows of the matrix, [rows, in], fp16 (half) or bf16. `vector_bytes` at least 8.
+
+    library: `build.library` of the code's form and of that dtype.
+    """
+    first, last, _ = rows.indices(code.shape[0])
+    dtype = torch.float16 if half else torch.bfloat16
+    matrix = torch.empty(max(last - first, 0), code.width, dtype=dtype, device=code.device)
+    if matrix.numel():
+        args = _Args.from_buffer_copy(_stored(code))
+        args.y = matrix.data_ptr()
+        status = library.pliant_expand(ctypes.byref(args), first, last, ctypes.c_void_p(stream))
+        if status:
+            raise PliantError(f"the decoding kernel did not start (error {status})")
+    return matrix
 
 
 def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
