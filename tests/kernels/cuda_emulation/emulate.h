@@ -100,6 +100,7 @@ inline uint32_t (*mine())[6] { return slots[threadIdx.x / 32]; }
 inline void warp_wait() { warp[threadIdx.x / 32].wait(32); }
 }  // namespace emulate
 
+inline void __syncwarp() { emulate::warp_wait(); }
 inline void __syncthreads() { emulate::block.wait(blockDim.x); }
 
 inline uint32_t __float_as_uint(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }

@@ -19,7 +19,7 @@ static int launch(int warps) {
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
   for (int i = 0; i < blocks; i++) {
     memory.assign(size + 4096, kUnset);
-    emulate::run_block(i, 32 * warps, body<VEC, LOADS, DEPTH, TILES>);
+    emulate::run_block(i, 32 * (warps + TERMS), body<VEC, LOADS, DEPTH, TILES>);
     for (size_t k = size; k < memory.size(); k++)
       if (memory[k] != kUnset) return -2;
   }
@@ -44,6 +44,7 @@ extern "C" int pliant_project(const void* x, const void* b, void* middle, int n,
 extern "C" int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
   return layout_of(*a, vec, loads, depth, warps).total;
 }
+extern "C" int pliant_warps(int tiles) { return most_warps(tiles); }
 extern "C" int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int,
                              void*) {
   args = *a;

@@ -116,10 +116,18 @@ __host__ __device__ constexpr int place_of(int slice) {
 // rows of x (0: one row).
 #define PLIANT_CASES(V, L, D) \
   PLIANT_CASE(V, L, D, 0) PLIANT_CASE(V, L, D, 1) PLIANT_CASE(V, L, D, 2) PLIANT_CASE(V, L, D, 4)
-#define PLIANT_EACH_CASE                                                     \
-  if constexpr (kSegments == 1) { PLIANT_CASES(16, 2, 4) }                   \
-  if constexpr (kSegments <= 3) { PLIANT_CASES(16, 2, 2) PLIANT_CASES(16, 1, 4) } \
+#define PLIANT_EACH_CASE                                                                  \
+  if constexpr (kSegments == 1) { PLIANT_CASES(16, 2, 4) PLIANT_CASES(16, 2, 2) }         \
+  if constexpr (kSegments == 3) { PLIANT_CASE(16, 2, 2, 0) }                              \
+  if constexpr (kSegments <= 3) { PLIANT_CASES(16, 1, 4) }                                \
   PLIANT_CASES(16, 1, 2) PLIANT_CASES(8, 1, 4) PLIANT_CASES(4, 1, 4)
+
+// Warps of a block that share the work, at most; with other terms one more waits for them. Two blocks
+// of eight fit on a multiprocessor where they take 128 registers (112 with the one more), so that a
+// launch can begin while another ends.
+constexpr int most_warps(int tiles) {
+  return TERMS || tiles == 4 || (tiles && LEVELS) || (tiles == 2 && kSegments > 3) ? 8 : 16;
+}
 
 // ---- small parts -------------------------------------------------------------------------------
 
@@ -388,7 +396,7 @@ __device__ __forceinline__ void count_done(const Args& a) {
 
 // Where each part of shared memory is; the host and the kernel agree through this.
 struct Layout {
-  int ring, digits, steps, scales, extra, tables, partial, terms, factor, middle, total;  // offsets
+  int ring, digits, steps, scales, extra, tables, partial, factor, middle, total;  // offsets
   int scale_stride;  // of a row of W, in floats: odd, so that rows lie in different banks
 };
 __host__ __device__ inline Layout layout_of(const Args& a, int vec, int loads, int depth, int warps) {
@@ -408,10 +416,9 @@ __host__ __device__ inline Layout layout_of(const Args& a, int vec, int loads, i
   l.extra = take(a.zero_planes[0] ? rows * l.scale_stride * 4 : 0);
   l.tables = take(LEVELS ? a.table_count * (2 * kEntries + 4) : 0);
   l.partial = take(warps * rows * a.n * 4);
-  l.terms = take(TERMS ? rows * a.n * 4 : 0);
   l.factor = take(TERMS && a.factor ? rows * a.rank * 2 : 0);
   l.middle = take(TERMS && a.factor ? a.n * a.rank * 4 : 0);
-  // (project_block takes n floats a warp, less than `partial`)
+  // (project_block takes n floats a warp, less than the ring)
   l.total = at;
   return l;
 }
@@ -579,7 +586,8 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   constexpr int kTiles = TILES ? TILES : 1;                             // of columns
   constexpr int kTogether = TILES ? 1 : kSlices < 4 ? kSlices : 4;      // slices of an accumulator
   constexpr int kChains = TILES ? 1 : 2;  // accumulators in turn, to wait less for one another
-  const int warps = blockDim.x / 32, warp = of_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
+  const int warps = blockDim.x / 32 - TERMS;  // one more waits for the low-rank term
+  const int warp = of_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
   const int quad = lane / 4, t = lane % 4, of_x = TILES ? a.n : 1;
   const Layout layout = layout_of(a, VEC, LOADS, DEPTH, warps);
   const int bytes = a.width * kLow / 8;  // of a row of the narrowest plane
@@ -615,7 +623,7 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   for (int begin = 0; begin < chunks; begin += a.slab) {
     const int end = min(begin + a.slab, chunks), count = end - begin;
     // This warp's tasks: chunks of a tile, then of the next.
-    const int tasks = tiles * count, last = tasks * (warp + 1) / warps;
+    const int tasks = warp < warps ? tiles * count : 0, last = tasks * (warp + 1) / warps;
     int task = tasks * warp / warps, tile = task / count, chunk = begin + task - tile * count;
     int fetched = task, fetch_tile = tile, fetch_chunk = chunk, fetch_stage = 0;
     uint32_t from[2][kPlaneCount];  // this lane's places in the planes
@@ -861,51 +869,39 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   }
   wait_copies<0>();
 
-  // The other terms of a sum, then the warps' sums.
-  float* terms = reinterpret_cast<float*>(shared + layout.terms);
-  const bool more = TERMS && (a.factor || a.sparse_values);
-  const int outputs = rows * a.n;
-  if (more) {
-    if (a.late) wait_for_previous();
-    if (before) {
-      if (threadIdx.x == 0)
-        while (*static_cast<volatile int32_t*>(a.counters) < before) pause();
-      __syncthreads();
-      __threadfence();
-    }
-    float* middle = reinterpret_cast<float*>(shared + layout.middle);
-    if (a.factor) {
-      for (int i = threadIdx.x; i < a.n * a.rank; i += blockDim.x) middle[i] = __ldcg(a.middle + i);
-      __syncthreads();
-    }
-    for (int base = 0; base < outputs * 4; base += blockDim.x) {
-      const int i = base + threadIdx.x, team = i % 4, output = i / 4;
-      const int column = output / rows, r = output - column * rows, row = first_row + r;
-      float sum = 0.0f;
-      if (output < outputs) {
-        if (a.factor)
-          for (int k = team; k < a.rank; k += 4) {
-            const uint16_t v = factor[r * a.rank + k];
-            sum += (a.factor_bf16 ? brain_float(v) : half_float(v)) * middle[column * a.rank + k];
-          }
-        if (a.sparse_values)
-          for (int k = a.sparse_starts[row] + team; k < a.sparse_starts[row + 1]; k += 4)
-            sum += half_float(a.sparse_values[k]) *
-                   x_float(a.x[static_cast<int64_t>(column) * a.width + a.sparse_columns[k]]);
-      }
-#pragma unroll
-      for (int m = 1; m < 4; m *= 2) sum += shuffle_xor(sum, m);
-      if (output < outputs && team == 0) terms[output] = sum;
-    }
+  // The warps' sums and the other terms, four lanes an output.
+  if (TERMS && a.late) wait_for_previous();
+  float* middle = reinterpret_cast<float*>(shared + layout.middle);
+  if (TERMS && a.factor && warp == warps) {
+    if (before && lane == 0)
+      while (*static_cast<volatile int32_t*>(a.counters) < before) pause();
+    __syncwarp();
+    __threadfence();
+    for (int i = lane; i < a.n * a.rank; i += 32) middle[i] = __ldcg(a.middle + i);
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-    const int column = i / rows, r = i - column * rows;
-    float sum = more ? terms[i] : 0.0f;
-    const float* own = partial + (r / 16 * warps * a.n + column) * 16 + r % 16;
-    for (int w = 0; w < warps; w++) sum += own[w * a.n * 16];
-    reinterpret_cast<uint16_t*>(a.y)[static_cast<int64_t>(column) * a.y_stride + first_row + r] =
-        float_x(sum);
+  const int outputs = rows * a.n;
+  for (int base = 0; base < outputs * 4; base += blockDim.x) {
+    const int output = (base + threadIdx.x) / 4;
+    const int column = output / rows, r = output - column * rows, row = first_row + r;
+    float sum = 0.0f;
+    if (output < outputs) {
+      const float* own = partial + (r / 16 * warps * a.n + column) * 16 + r % 16;
+      for (int w = t; w < warps; w += 4) sum += own[w * a.n * 16];
+      if (TERMS && a.factor)
+        for (int k = t; k < a.rank; k += 4) {
+          const uint16_t v = factor[r * a.rank + k];
+          sum += (a.factor_bf16 ? brain_float(v) : half_float(v)) * middle[column * a.rank + k];
+        }
+      if (TERMS && a.sparse_values)
+        for (int k = a.sparse_starts[row] + t; k < a.sparse_starts[row + 1]; k += 4)
+          sum += half_float(a.sparse_values[k]) *
+                 x_float(a.x[static_cast<int64_t>(column) * a.width + a.sparse_columns[k]]);
+    }
+#pragma unroll
+    for (int m = 1; m < 4; m *= 2) sum += shuffle_xor(sum, m);
+    if (output < outputs && t == 0)
+      reinterpret_cast<uint16_t*>(a.y)[static_cast<int64_t>(column) * a.y_stride + row] = float_x(sum);
   }
   if (before) count_done(a);
 }
@@ -1041,7 +1037,8 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 #ifndef PLIANT_EMULATE
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
-__global__ void __launch_bounds__(TILES == 4 || (TILES && LEVELS) ? 256 : 512)
+__global__ void __launch_bounds__(32 * (most_warps(TILES) + TERMS),
+                                  TERMS && !TILES && kSegments <= 3 && !LEVELS ? 2 : 1)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
   decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);
@@ -1075,7 +1072,7 @@ static int launch(const Args& a, int warps, bool overlap, cudaStream_t stream) {
   }
   const int blocks =
       projection_blocks(a) + (a.out + 16 * a.row_tiles - 1) / (16 * a.row_tiles);
-  return start(decode<VEC, LOADS, DEPTH, TILES>, blocks, 32 * warps, bytes, overlap, stream, a);
+  return start(decode<VEC, LOADS, DEPTH, TILES>, blocks, 32 * (warps + TERMS), bytes, overlap, stream, a);
 }
 
 extern "C" {
@@ -1083,6 +1080,7 @@ extern "C" {
 int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
   return layout_of(*a, vec, loads, depth, warps).total;
 }
+int pliant_warps(int tiles) { return most_warps(tiles); }
 // 0, or a cudaError_t; -1 for a shape that was not compiled.
 int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int overlap,
                   void* stream) {

@@ -51,10 +51,10 @@ class _Args(ctypes.Structure):
 class Shape:
     """How a launch cuts its work.
 
-    warps: of a block, up to 16 (8 for more than 8 rows of x, or for levels more than one).
-    row_tiles: of 16 rows of W, of a block; its warps share out their chunks. depth: chunks that a
-    warp has in flight, 4 or 2. loads: of 16 bytes of a lane in a chunk, 1 or 2. slab: chunks of x
-    in shared memory at once. 0: as many as are good and fit.
+    warps: of a block, up to 16, or 8 where their registers allow no more. row_tiles: of 16 rows of
+    W, of a block; its warps share out their chunks. depth: chunks that a warp has in flight, 4 or
+    2. loads: of 16 bytes of a lane in a chunk, 1 or 2. slab: chunks of x in shared memory at once.
+    0: as many as are good and fit.
     overlap: fetch weights while the kernel before still runs (programmatic dependent launch).
     """
 
@@ -135,10 +135,9 @@ def multiply(
     if terms.values is not None and terms.columns is not None and terms.starts is not None:
         args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
         args.sparse_starts = terms.starts.data_ptr()
-    loads = _loads(code, vec, shape)
+    loads = _loads(code, vec, n, shape)
     tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
-    if (tiles == 4 or (tiles and isinstance(code, GroupLevels))) and shape.warps > 8:
-        shape = replace(shape, warps=8)  # what their registers allow
+    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(tiles)))
     depth = _fit(args, code, vec, loads, shape, library)
     status = library.pliant_decode(
         ctypes.byref(args), vec, loads, depth, tiles, shape.warps, int(shape.overlap),
@@ -218,15 +217,19 @@ def _chunks(code: GroupInt | GroupLevels, vec: int, loads: int) -> int:
     return code.width * PLANES[code.bit_width][-1] // 8 // (4 * vec * loads)
 
 
-def _loads(code: GroupInt | GroupLevels, vec: int, shape: Shape) -> int:
-    """Of a lane in a chunk: two, where both lie in one group and leave every warp work."""
-    low, bits = PLANES[code.bit_width][-1], code.bit_width
-    unit = 8 * vec
+def _loads(code: GroupInt | GroupLevels, vec: int, n: int, shape: Shape) -> int:
+    """Of a lane in a chunk: two where both lie in one group.
+
+    Three segments of 16 bytes fill the ring with few chunks, which split less evenly: one there.
+    """
+    low = PLANES[code.bit_width][-1]
+    unit, segments = 8 * vec, code.bit_width // low
     whole = code.groups == 1 or code.group_size % unit == 0
-    if vec < 16 or bits // low > 3 or not whole or code.width * low // 8 % unit:
+    if vec < 16 or not whole or code.width * low // 8 % unit:
         return 1
-    # Twice the bytes: with three planes' worth they fill the ring at too few chunks.
-    return shape.loads or (1 if bits // low > 1 else 2)
+    if segments == 1:
+        return shape.loads or 2
+    return (shape.loads or 1) if segments == 3 and n == 1 else 1
 
 
 def _fit(
@@ -236,7 +239,7 @@ def _fit(
     chunks = _chunks(code, vec, loads)
     segments = code.bit_width // PLANES[code.bit_width][-1]
     depths = [4, 2] if vec == 16 and segments <= 3 else [4] if vec < 16 else [2]
-    if loads == 2 and segments == 3:
+    if loads == 2 and segments > 1:
         depths = [2]
     if shape.depth in depths:
         depths = [shape.depth]
