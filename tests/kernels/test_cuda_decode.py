@@ -147,6 +147,28 @@ def test_an_input_far_larger_than_its_neighbours_costs_them_little(
         assert not y[2].isfinite().any()
 
 
+@pytest.mark.parametrize("limit", [36 << 10, 60 << 10])
+def test_little_shared_memory_is_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(decode, "_shared", lambda _: limit)
+    code = group_code(Form(4, False, 32, 6, True), 90, 8192).to(DEVICE)
+    assert isinstance(code, GroupInt)
+    kernel = library(4, False, False, folder)
+    used: list[int] = []
+    shared = kernel.pliant_shared
+    counting = SimpleNamespace(
+        pliant_shared=lambda *given: used.append(shared(*given)) or used[-1],
+        pliant_warps=kernel.pliant_warps,
+        pliant_decode=kernel.pliant_decode,
+    )
+    x = torch.randn(3, 8192, device=DEVICE).bfloat16()
+    y = decode.multiply(x, code, counting, stream(), Shape(4, 6))
+    assert used[0] > limit >= used[-1]
+    weight = code.decode(torch.float64)
+    assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
+
+
 @pytest.mark.parametrize("built", BUILDS, ids=str)
 @pytest.mark.parametrize(("scale_bits", "zeros"), [(16, False), (6, True)])
 def test_the_matrix_itself(

@@ -117,7 +117,7 @@ def _split(
     for part in code.parts:
         if base is None and isinstance(part, GroupInt | GroupLevels):
             base = part
-        elif low is None and isinstance(part, LowRank) and part.rank and _fusible(part):
+        elif low is None and isinstance(part, LowRank) and _fusible(part):
             low = part
         elif sparse is None and isinstance(part, Sparse):
             sparse = part
@@ -130,6 +130,7 @@ def _fusible(code: LowRank) -> bool:
     dense = [f.values for f in (code.a, code.b) if isinstance(f, Dense)]
     return (
         len(dense) == 2
+        and 0 < code.rank <= 1024  # rows of A lie in shared memory
         and all(v.dtype in (torch.float16, torch.bfloat16) and v.is_contiguous() for v in dense)
         and code.shape[1] % 8 == 0
         and dense[1].data_ptr() % 16 == 0

@@ -97,6 +97,8 @@ def vector_bytes(code: Code) -> int:
     low = PLANES[code.bit_width][-1]
     if code.width * low % 64 or not code.shape[0]:
         return 0
+    if any(p.numel() >= 2**32 for p in code.planes):  # the kernel's offsets are of 32 bits
+        return 0
     row = code.width * low // 8
     for size in (16, 8, 4):
         unit = 4 * size
@@ -177,7 +179,7 @@ def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
     x is then made digits once a multiprocessor, and the next launch's block fits beside this one's.
     """
     tiles = -(-code.shape[0] // 16)
-    return Shape(8, max(1, min(-(-tiles // _multiprocessors(code.device)), 16)))
+    return Shape(8, max(1, min(-(-tiles // _multiprocessors(code.device)), 12)))
 
 
 @cache
@@ -256,10 +258,13 @@ def _fit(
             if fits(depth, limit):
                 return depth
     depth = depths[-1]
-    while not fits(depth, most) and args.slab > 1:
-        args.slab = -(-args.slab // 2)
+    least = -(-args.slab // 4)
+    while not fits(depth, most) and args.slab > least:
+        args.slab = max(-(-args.slab // 2), least)
     while not fits(depth, most) and args.row_tiles > 1:
         args.row_tiles = -(-args.row_tiles // 2)
+    while not fits(depth, most) and args.slab > 1:
+        args.slab = -(-args.slab // 2)
     return depth
 
 
