@@ -432,21 +432,35 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
   float* extra = reinterpret_cast<float*>(shared + layout.extra);
   const int units = kSlices * count;
   const bool whole = count * UNIT == bytes;  // then units are neighbours in memory
-  if (!LEVELS && a.scale_kind == 0 && !a.zero_planes[0] && whole && a.group_size == UNIT &&
-      a.groups % 8 == 0 && reinterpret_cast<uintptr_t>(a.scale_planes[0]) % 16 == 0) {
-    const uint4* from = reinterpret_cast<const uint4*>(
-        reinterpret_cast<const uint16_t*>(a.scale_planes[0]) + static_cast<int64_t>(first_row) * units);
-    for (int i = threadIdx.x; i < rows * units / 8; i += blockDim.x) {
-      const uint4 raw = __ldg(from + i);
-      const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-      const int row = i * 8 / units;
-      float* to = scales + row * layout.scale_stride + i * 8 - row * units;
+  const float* steps = reinterpret_cast<const float*>(shared + layout.tables + a.table_count * 2 * kEntries);
+  if (a.scale_kind == 0 && !a.zero_planes[0] && whole &&
+      reinterpret_cast<uintptr_t>(a.scale_planes[0]) % 16 == 0) {
+    // Eight neighbours at once, each for the units of its group.
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(a.scale_planes[0]) +
+                           static_cast<int64_t>(first_row) * a.groups;
+    const int values = rows * a.groups, of_group = a.group_size / UNIT;
+    for (int i = threadIdx.x * 8; i < values; i += blockDim.x * 8) {
+      uint32_t w[4] = {};
+      if (i + 8 <= values) {
+        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from + i));
+        w[0] = raw.x, w[1] = raw.y, w[2] = raw.z, w[3] = raw.w;
+      } else {
+        for (int j = 0; j < 8; j++)
+          if (i + j < values) w[j / 2] |= static_cast<uint32_t>(from[i + j]) << (j % 2 * 16);
+      }
+      int row = i / a.groups, group = i - row * a.groups;
 #pragma unroll
-      for (int j = 0; j < 8; j++) to[j] = half_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
+      for (int j = 0; j < 8; j++) {
+        float scale = half_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
+        if constexpr (LEVELS != 0) scale *= steps[0];
+        float* to = scales + row * layout.scale_stride;
+        if (i + j < values)
+          for (int u = group * of_group; u < min((group + 1) * of_group, units); u++) to[u] = scale;
+        if (++group == a.groups) group = 0, row++;
+      }
     }
     return;
   }
-  const float* steps = reinterpret_cast<const float*>(shared + layout.tables + a.table_count * 2 * kEntries);
   const int padded = (rows + 15) / 16 * 16;  // rows that are not there as the last one
 #pragma unroll 2
   for (int i = threadIdx.x; i < padded * units; i += blockDim.x) {
