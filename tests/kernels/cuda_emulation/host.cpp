@@ -44,7 +44,9 @@ extern "C" int pliant_project(const void* x, const void* b, void* middle, int n,
 extern "C" int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
   return layout_of(*a, vec, loads, depth, warps).total;
 }
-extern "C" int pliant_warps(int tiles) { return most_warps(tiles); }
+extern "C" int pliant_warps(int loads, int tiles) {
+  return most_warps(loads, tiles);
+}
 extern "C" int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int,
                              void*) {
   args = *a;

@@ -125,8 +125,9 @@ __host__ __device__ constexpr int place_of(int slice) {
 // Warps of a block that share the work, at most; with other terms one more waits for them. Two blocks
 // of eight fit on a multiprocessor where they take 128 registers (112 with the one more), so that a
 // launch can begin while another ends.
-constexpr int most_warps(int tiles) {
-  return TERMS || tiles == 4 || (tiles && LEVELS) || (tiles == 2 && kSegments > 3) ? 8 : 16;
+constexpr int most_warps(int loads, int tiles) {
+  const bool many = tiles == 4 || (tiles && LEVELS) || (tiles == 2 && kSegments > 3);
+  return TERMS || many || (loads == 2 && kSegments > 1) ? 8 : 16;
 }
 
 // ---- small parts -------------------------------------------------------------------------------
@@ -1051,7 +1052,7 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 #ifndef PLIANT_EMULATE
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
-__global__ void __launch_bounds__(32 * (most_warps(TILES) + TERMS),
+__global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
                                   TERMS && !TILES && kSegments <= 3 && !LEVELS ? 2 : 1)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
@@ -1094,7 +1095,7 @@ extern "C" {
 int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
   return layout_of(*a, vec, loads, depth, warps).total;
 }
-int pliant_warps(int tiles) { return most_warps(tiles); }
+int pliant_warps(int loads, int tiles) { return most_warps(loads, tiles); }
 // 0, or a cudaError_t; -1 for a shape that was not compiled.
 int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int overlap,
                   void* stream) {

@@ -139,7 +139,7 @@ def multiply(
         args.sparse_starts = terms.starts.data_ptr()
     loads = _loads(code, vec, n, shape)
     tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
-    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(tiles)))
+    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(loads, tiles)))
     depth = _fit(args, code, vec, loads, shape, library)
     status = library.pliant_decode(
         ctypes.byref(args), vec, loads, depth, tiles, shape.warps, int(shape.overlap),
