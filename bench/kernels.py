@@ -22,7 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,12 @@ from pliant.kernels.cuda import build
 from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
+    choose_shape,
+    expand,
     multiply,
     project,
     sparse_terms,
+    vector_bytes,
 )
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
@@ -142,9 +145,12 @@ def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str
         for packed in (False, True):
             code = random_code(out, width, bits, group, levels=levels, packed=packed)
             weight = code.decode(torch.float64)
+            if vector_bytes(code) >= 8:
+                decoded = expand(code, dtype == torch.float16, library, stream)
+                torch.testing.assert_close(decoded, code.decode(dtype), rtol=2.0**-7, atol=0)
             for n in (1, 2, 3, 5, 8, 9, 15, 16):
                 x = random_x(n, width, dtype)
-                for shape in (Shape(), Shape(4, 2), Shape(16, 4), Shape(8, 1, 1, 3)):
+                for shape in (Shape(), Shape(4, 2), Shape(16, 4), Shape(8, 3, 2, 1, 5)):
                     y = torch.full((n, out), torch.nan, dtype=dtype, device="cuda")
                     multiply(x, code, library, stream, shape, y=y)
                     error, rounding = disagreement(y, x, weight)
@@ -261,15 +267,19 @@ def bf16_time(out: int, width: int, n: int) -> float:
     return took
 
 
-def shapes_to_try(n: int, depths: tuple[int, ...]) -> Iterator[Shape]:
+def shapes_to_try(code: Code, n: int) -> Iterator[Shape]:
+    """Around one block a multiprocessor: half as many tiles, other warps, depths and chunks."""
+    chosen = choose_shape(code, n)
+    tiles, fewer = chosen.row_tiles, -(-chosen.row_tiles // 2)
+    segments = code.bit_width // PLANES[code.bit_width][-1]
+    other = 2 if 1 < segments <= 3 else 1  # loads that are not the kernel's own choice
+    yield from (chosen, replace(chosen, depth=2), replace(chosen, loads=other))
+    yield replace(chosen, row_tiles=fewer)
+    if n <= 8:
+        yield from (replace(chosen, warps=16), replace(chosen, warps=16, depth=2))
     if n == 1:
-        for warps, tiles, depth in product((8, 4, 16), (1, 2), depths):
-            yield Shape(warps, tiles, depth, 1)
-            if warps <= 8:
-                yield Shape(warps, tiles, depth, 3)
-    else:
-        for (warps, tiles), depth in product(((16, 2), (16, 4), (8, 1), (8, 2), (8, 4)), depths):
-            yield Shape(warps, tiles, depth, 1)
+        yield replace(chosen, warps=16, loads=other)
+        yield from (replace(chosen, warps=4, row_tiles=r) for r in {fewer, -(-tiles // 4)})
 
 
 def time_code(
@@ -282,8 +292,6 @@ def time_code(
     out, width = codes[0].shape
     x = random_x(n, width)
     y = torch.empty(n, out, dtype=x.dtype, device="cuda")
-    own = library.pliant_depth()
-    depths = tuple(d for d in (4, 2, 1) if d <= own) if n <= 8 else (1,)
 
     def timed(shape: Shape, quick: bool) -> float:
         def launch(i: int) -> None:
@@ -295,7 +303,7 @@ def time_code(
 
     tried: list[tuple[float, Shape]] = []
     failed = ""
-    for shape in shapes_to_try(n, depths):
+    for shape in shapes_to_try(codes[0], n):
         try:
             tried.append((timed(shape, True), shape))
         except Exception as error:
@@ -303,31 +311,38 @@ def time_code(
             torch.cuda.synchronize()
     tried.sort(key=lambda pair: pair[0])
     best = min(((timed(s, False), s) for _, s in tried[:3]), key=lambda pair: pair[0])
-    alone = timed(Shape(**{**asdict(best[1]), "overlap": False}), False)
+    alone = timed(replace(best[1], overlap=False), False)
     moved = codes[0].nbytes + 2 * n * (out + width)
     shape = best[1]
-    how = f"{shape.warps} warps, {shape.row_tiles} tiles, {shape.depth} deep, {shape.resident} res"
+    how = f"{shape.warps} warps, {shape.row_tiles} tiles, {shape.depth} deep, {shape.loads} loads"
     row = {"us": best[0], "gbs": moved / best[0] / 1e3, "us_no_overlap": alone, "how": how}
     row["next"] = "; ".join(
-        f"{s.warps}/{s.row_tiles}/{s.depth}/{s.resident}={t:.2f}" for t, s in tried[1:6]
+        f"{s.warps}/{s.row_tiles}/{s.depth}/{s.loads}={t:.2f}" for t, s in tried[1:]
     )
     return row | ({"failed": failed} if failed else {})
 
 
-def time_prefill(codes: list[Code], n: int) -> Iterator[tuple[str, float]]:
-    """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles."""
+def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str, float]]:
+    """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles.
+
+    Decoded by the CUDA kernel and, to compare, by Triton's.
+    """
     from pliant.kernels.triton import group as triton_group
 
     x = random_x(n, codes[0].width)
 
-    def decoded(i: int) -> None:
-        F.linear(x, triton_group.decode(codes[i], x.dtype))
+    def by_cuda(i: int) -> Tensor:
+        return expand(codes[i], False, library, torch.cuda.current_stream().cuda_stream)
 
-    def alone(i: int) -> None:
-        triton_group.decode(codes[i], x.dtype)
+    def by_triton(i: int) -> Tensor:
+        return triton_group.decode(codes[i], x.dtype)
 
-    yield "decode alone", microseconds(alone, len(codes), True)
-    yield "decode + cuBLAS", microseconds(decoded, len(codes), True)
+    for name, decode in (("decode", by_cuda), ("Triton's decode", by_triton)):
+        yield f"{name} alone", microseconds(lambda i, d=decode: _call(d, i), len(codes), True)
+        yield (
+            f"{name} + cuBLAS",
+            microseconds(lambda i, d=decode: _call(F.linear, x, d(i)), len(codes), True),
+        )
     for tile, warps, stages in (
         ((128, 128, 64), 4, 3), ((128, 128, 64), 8, 3), ((128, 256, 64), 8, 3),
         ((64, 256, 64), 4, 3), ((128, 128, 32), 4, 4), ((128, 64, 64), 4, 3),
@@ -490,7 +505,8 @@ def main() -> None:
             lambda o=out, w=width: _time_sum(o, w, libraries, results))  # fmt: skip
     for out, width in SHAPES:
         run(f"prefill 512 int4 {out}x{width}",
-            lambda o=out, w=width: _prefill(o, w, base(o, w, 512)))  # fmt: skip
+            lambda o=out, w=width: _prefill(
+                o, w, base(o, w, 512), libraries[4, False, False, False].result()))  # fmt: skip
     for bits, (out, width) in product((4, 2, 8), SHAPES):
         run(f"peers gemlite int{bits} {out}x{width} batch 1",
             lambda b=bits, o=out, w=width: {"us": gemlite_time(o, w, 1, b)})  # fmt: skip
@@ -564,11 +580,11 @@ def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[st
     return row | ({"slower": row["us"] / alone - 1} if alone else {})
 
 
-def _prefill(out: int, width: int, dense: float) -> dict[str, Any]:
+def _prefill(out: int, width: int, dense: float, library: Any) -> dict[str, Any]:
     one = random_code(out, width, 4, 128)
     codes = [one, *(random_code(out, width, 4, 128) for _ in range(distinct_of(one.nbytes) - 1))]
-    ways = dict(time_prefill(codes, 512))
-    best = min((w for w in ways if w != "decode alone"), key=ways.__getitem__)
+    ways = dict(time_prefill(codes, 512, library))
+    best = min((w for w in ways if not w.endswith("alone")), key=ways.__getitem__)
     times = {way: round(took, 1) for way, took in ways.items()}
     return {"us": ways[best], "times_bf16": dense / ways[best], "how": best, "ways": times,
             "bf16_us": dense}  # fmt: skip

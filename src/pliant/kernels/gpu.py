@@ -1,8 +1,8 @@
 """Products on a GPU: the fastest kernel that a group code, its batch and the machine allow.
 
 Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the low-rank and sparse terms of a Sum
-added in it. Up to 64: the Triton kernel. More (prefill): decoded by one Triton kernel, a bounded
-number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
+added in it. Up to 64: the Triton kernel. More (prefill): decoded by one kernel, a bounded number
+of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
 take all; without Triton, or where gradients are asked for, the reference does.
 
 Off unless PLIANT_GPU_KERNELS=1 is in the environment: products were checked on an H200
@@ -32,6 +32,7 @@ from pliant.kernels.cuda.decode import (
     MOST_ROWS,
     Terms,
     choose_shape,
+    expand,
     multiply,
     sparse_terms,
     vector_bytes,
@@ -60,11 +61,23 @@ def group(x: Tensor, code: Code) -> Tensor:
         return triton_group.multiply(x, code)
     tiles = list(reference.row_tiles(x, code))
     if len(tiles) == 1:
-        return F.linear(x, triton_group.decode(code, x.dtype))
+        return F.linear(x, _decoded(x, code, slice(None)))
     y = x.new_empty(len(x), code.shape[0])
     for tile in tiles:
-        y[:, tile] = F.linear(x, triton_group.decode(code, x.dtype, tile))
+        y[:, tile] = F.linear(x, _decoded(x, code, tile))
     return y
+
+
+def _decoded(x: Tensor, code: GroupInt | GroupLevels, rows: slice) -> Tensor:
+    """Those rows of the matrix in x.dtype: by the CUDA kernel's library, or by Triton."""
+    library = _library(x[:1], code) if vector_bytes(code) >= 8 else None
+    if library is not None:
+        with torch.cuda.device(x.device):
+            stream = torch.cuda.current_stream().cuda_stream
+            return expand(code, x.dtype == torch.float16, library, stream, rows)
+    from pliant.kernels.triton import group as triton_group
+
+    return triton_group.decode(code, x.dtype, rows)
 
 
 @register(Sum, "cuda")
@@ -104,7 +117,7 @@ def _split(
     for part in code.parts:
         if base is None and isinstance(part, GroupInt | GroupLevels):
             base = part
-        elif low is None and isinstance(part, LowRank) and part.rank and _fusible(part):
+        elif low is None and isinstance(part, LowRank) and _fusible(part):
             low = part
         elif sparse is None and isinstance(part, Sparse):
             sparse = part
@@ -117,6 +130,7 @@ def _fusible(code: LowRank) -> bool:
     dense = [f.values for f in (code.a, code.b) if isinstance(f, Dense)]
     return (
         len(dense) == 2
+        and 0 < code.rank <= 1024  # rows of A lie in shared memory
         and all(v.dtype in (torch.float16, torch.bfloat16) and v.is_contiguous() for v in dense)
         and code.shape[1] % 8 == 0
         and dense[1].data_ptr() % 16 == 0

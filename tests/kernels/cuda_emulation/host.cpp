@@ -5,19 +5,24 @@
 static Args args;
 static std::vector<uint8_t> memory;
 
-template <int VEC, int TILES, int DEPTH>
-static void body() { decode_block<VEC, TILES, DEPTH>(args, memory.data()); }
+// Shared memory comes unset, as NaN; what lies beyond must stay.
+constexpr uint8_t kUnset = 0xff;
 
-template <int VEC, int TILES, int DEPTH>
+template <int VEC, int LOADS, int DEPTH, int TILES>
+static void body() { decode_block<VEC, LOADS, DEPTH, TILES>(args, memory.data()); }
+
+template <int VEC, int LOADS, int DEPTH, int TILES>
 static int launch(int warps) {
-  const size_t size = layout_of(args, VEC, TILES, warps).total;
-  memory.assign(size + 4096, 0x7f);  // shared memory comes unset; what lies beyond must stay
+  const size_t size = layout_of(args, VEC, LOADS, DEPTH, warps).total;
   const int blocks =
       projection_blocks(args) + (args.out + 16 * args.row_tiles - 1) / (16 * args.row_tiles);
   gridDim = {static_cast<unsigned>(blocks), 1, 1};
-  for (int i = 0; i < blocks; i++) emulate::run_block(i, 32 * warps, body<VEC, TILES, DEPTH>);
-  for (size_t i = size; i < memory.size(); i++)
-    if (memory[i] != 0x7f) return -2;
+  for (int i = 0; i < blocks; i++) {
+    memory.assign(size + 4096, kUnset);
+    emulate::run_block(i, 32 * (warps + TERMS), body<VEC, LOADS, DEPTH, TILES>);
+    for (size_t k = size; k < memory.size(); k++)
+      if (memory[k] != kUnset) return -2;
+  }
   return 0;
 }
 static const uint16_t *project_x, *project_b;
@@ -36,15 +41,27 @@ extern "C" int pliant_project(const void* x, const void* b, void* middle, int n,
     });
   return 0;
 }
-extern "C" int pliant_shared(const Args* a, int vec, int tiles, int warps) {
-  return layout_of(*a, vec, tiles, warps).total;
+extern "C" int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
+  return layout_of(*a, vec, loads, depth, warps).total;
 }
-extern "C" int pliant_decode(const Args* a, int vec, int tiles, int depth, int, int warps,
-                             int, void*) {
+extern "C" int pliant_warps(int loads, int tiles) {
+  return most_warps(loads, tiles);
+}
+extern "C" int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int,
+                             void*) {
   args = *a;
-#define PLIANT_CASE(V, T, D) if (vec == V && tiles == T && depth == D) return launch<V, T, D>(warps);
-  PLIANT_CASE(16, 1, 2) PLIANT_CASE(16, 2, 1) PLIANT_CASE(8, 1, 2) PLIANT_CASE(8, 2, 1)
-  PLIANT_CASE(4, 1, 2) PLIANT_CASE(4, 2, 1)
+#define PLIANT_CASE(V, L, D, T) \
+  if (vec == V && loads == L && depth == D && tiles == T) return launch<V, L, D, T>(warps);
+  PLIANT_EACH_CASE
   return -1;
 }
-extern "C" int pliant_depth() { return 2; }
+
+static int expand_first, expand_last;
+extern "C" int pliant_expand(const Args* a, int first, int last, void*) {
+  args = *a;
+  expand_first = first, expand_last = last;
+  const int64_t items = static_cast<int64_t>(last - first) * (a->width * kLow / 64);
+  for (int i = 0; i < (items + 255) / 256; i++)
+    emulate::run_block(i, 256, [] { expand(args, expand_first, expand_last); });
+  return 0;
+}

@@ -1,24 +1,33 @@
-// y = x W^T for a few rows of x, W read once from the bytes that are stored on disk.
+// y = x W^T for a few rows of x, W read once from the bytes that are stored on disk, by integer mma.
 //
-// A warp multiplies 16 rows of W by mma.m16n8k16: the weights, unpacked in registers, are the A
-// operand and x the B operand, so 1 to 8 rows of x cost the same. Byte j of a stored plane holds
-// elements j, j + n, j + 2n, ... of its row (n = its bytes): the four lanes of a quad read
-// 4 * VEC neighbouring bytes, and each of the 8 / plane fields of those bytes is a "slice" of
-// 4 * VEC neighbouring inputs, within one group. A plane twice as wide as the narrowest is read at
-// two places, so that all planes cover the same inputs.
+// A warp multiplies 16 rows of W by mma.m16n8k32 (u8 or s8 times s8, sums in int32): the weights are
+// the A operand, one AND for four of them, and x, as two signed 8-bit digits, the B operand. Byte j
+// of a stored plane holds elements j, j + n, j + 2n, ... of its row (n = its bytes): the four lanes
+// of a quad read 4 * VEC * LOADS neighbouring bytes, a "chunk", and each of the 8 / plane fields of
+// those bytes is a "slice", a "unit" of as many neighbouring inputs within one group. A plane twice
+// as wide as the narrowest is read at two places, so that all planes cover the same inputs.
 //
-// Group integers go to the mantissa of 1.0, which makes 1 + q / 2**bits with one AND-OR; the zero
-// point and that 1 leave through the sum of x over the slice. Levels come from a table of pairs in
-// shared memory, a copy for each bank; x is scaled by a power of two a slice to fit fp16, as the
-// levels do. Products are exact, sums are fp32.
+// x: u (256 hi + lo) with u = max|x of a unit| / 32639, so an input is off by at most 2**-16 of the
+// largest of its unit. The digits are two columns of B. Weights stay where their field lies in the
+// byte, times 2**place, which leaves through u; the order of K within an mma is free as long as A
+// and B agree. Sums of a unit are exact.
 //
-// With programmatic dependent launch the weights are fetched while the previous kernel ends.
+// One row of x fills 2 of 8 columns: the other columns take other slices, whose digits are zero in
+// all columns but their own, so that up to four units share an accumulator and one tail (conversion,
+// scale, sum). Several rows of x take four rows a tile of columns.
 //
-// Ideas: Marlin (mma with dequantised A in registers, lop3), FasterTransformer / "Who says
-// elephants can't run" (magic numbers), FLUTE (duplicated tables of pairs).
+// Levels are two signed 8-bit digits of the table's largest / 32639, picked by byte permutes, four
+// weights at once, and two mma.
+//
+// A block takes several tiles of 16 rows and splits their chunks evenly among its warps. cp.async
+// brings chunks into a ring in shared memory, a lane its own bytes. The ring is filled, scales are
+// decoded and factors fetched before griddepcontrol.wait, while the previous kernel ends.
+//
+// Ideas: FasterTransformer / "Who says elephants can't run" (weights to the tensor core in
+// registers), Marlin (cp.async rings for a few rows of x), "I-BERT" (integer sums, one scale).
 //
 // Compiled once for each BITS (1 to 8), LEVELS (0, 1), HALF (x is fp16, else bf16) and TERMS (1: with
-// the other terms of a sum, which cost registers).
+// the other terms of a sum).
 
 #ifdef PLIANT_EMULATE
 #include "emulate.h"
@@ -42,6 +51,10 @@
 #define TERMS 0
 #endif
 
+#ifdef PLIANT_EMULATE
+PLIANT_MULTIPLY
+#endif
+
 struct Args {
   const uint8_t* planes[3];        // of the weights, [out, bytes]
   const uint8_t* scale_planes[3];  // fp16 [out, groups], or packed integers
@@ -61,9 +74,9 @@ struct Args {
   int32_t n, y_stride;
   int32_t scale_kind;  // 0 fp16, 1 integers times row_scale / 2**bits, 2 exponents
   int32_t scale_bits, scale_base;
-  int32_t table_count, selector_bits, copies;  // copies: of the table, a power of two up to 32
-  int32_t row_tiles;                           // of 16 rows, in a block
-  int32_t slab;                                // chunks of x in shared memory at once
+  int32_t table_count, selector_bits;
+  int32_t row_tiles;  // of 16 rows, of a block
+  int32_t slab;       // chunks of x in shared memory at once
   int32_t rank, factor_bf16, projection_bf16;
   int32_t late;  // wait for the previous kernel only before the low-rank term
 };
@@ -71,10 +84,12 @@ struct Args {
 constexpr int kLow = BITS == 8 ? 8 : (BITS & 1) ? 1 : (BITS & 2) ? 2 : 4;  // narrowest plane
 constexpr int kSlices = 8 / kLow;
 constexpr int kSegments = BITS / kLow;  // places read for a chunk, all planes together
-constexpr bool kHalf = HALF || LEVELS;  // what the tensor cores see
-constexpr int kMantissa = kHalf ? 10 : 7;
-constexpr bool kSplit = !LEVELS && !kHalf && BITS == 8;  // two nibbles: bf16 holds 7 bits
 constexpr int kPlaneCount = BITS == 8 ? 1 : (BITS & 1) + ((BITS >> 1) & 1) + (BITS >> 2);
+constexpr int kDigits = LEVELS ? 2 : 1;           // of a weight
+constexpr int kLargest = 127 * 256 + 127;         // that two signed digits hold
+constexpr int kEntries = BITS <= 3 ? 8 : 16;      // of a digit of a table
+constexpr int kTableWords = kEntries / 4;
+constexpr float kMiddle = LEVELS ? 1.0f : BITS == 1 ? 0.5f : 1 << (BITS - 1);  // zero point
 
 __host__ __device__ constexpr int plane_width(int i) {  // 8 | 4, 2, 1: the widest comes first
   if (BITS == 8) return 8;
@@ -89,6 +104,31 @@ __host__ __device__ constexpr int plane_shift(int i) {
   return shift;
 }
 __host__ __device__ constexpr int plane_first(int i) { return plane_shift(i) / kLow; }  // segment
+
+// Where the lowest bit of a slice's weights lies in a byte of the A operand: if possible where the
+// widest plane has it, which saves a shift.
+__host__ __device__ constexpr int place_of(int slice) {
+  const int widest = plane_width(0), place = widest * (slice / (widest / kLow));
+  return LEVELS ? 0 : place < 8 - BITS ? place : 8 - BITS;
+}
+
+// What is compiled: bytes of a lane's load, loads of a chunk, chunks in a warp's ring, tiles of four
+// rows of x (0: one row).
+#define PLIANT_CASES(V, L, D) \
+  PLIANT_CASE(V, L, D, 0) PLIANT_CASE(V, L, D, 1) PLIANT_CASE(V, L, D, 2) PLIANT_CASE(V, L, D, 4)
+#define PLIANT_EACH_CASE                                                                  \
+  if constexpr (kSegments == 1) { PLIANT_CASES(16, 2, 4) PLIANT_CASES(16, 2, 2) }         \
+  if constexpr (kSegments == 3) { PLIANT_CASE(16, 2, 2, 0) }                              \
+  if constexpr (kSegments <= 3) { PLIANT_CASES(16, 1, 4) }                                \
+  PLIANT_CASES(16, 1, 2) PLIANT_CASES(8, 1, 4) PLIANT_CASES(4, 1, 4)
+
+// Warps of a block that share the work, at most; with other terms one more waits for them. Two blocks
+// of eight fit on a multiprocessor where they take 128 registers (112 with the one more), so that a
+// launch can begin while another ends.
+constexpr int most_warps(int loads, int tiles) {
+  const bool many = tiles == 4 || (tiles && LEVELS) || (tiles == 2 && kSegments > 3);
+  return TERMS || many || (loads == 2 && kSegments > 1) ? 8 : 16;
+}
 
 // ---- small parts -------------------------------------------------------------------------------
 
@@ -109,32 +149,55 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 __device__ __forceinline__ void pause() { __nanosleep(40); }
+// Copies of VEC bytes to shared memory, in groups; wait_copies(k): until at most k groups are left.
 template <int VEC>
-__device__ __forceinline__ void load_once(uint32_t* to, const uint8_t* from) {
+__device__ __forceinline__ void copy_ahead(uint8_t* to, const uint8_t* from) {
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   if constexpr (VEC == 16)
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
-  else if constexpr (VEC == 8)
-    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
   else
-    asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(at), "l"(from), "n"(VEC) : "memory");
 }
-__device__ __forceinline__ void multiply(float* c, uint32_t a0, uint32_t a1, uint32_t a2,
-                                         uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (kHalf)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int LEFT>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+// c += A B for 16 rows, 8 columns and 32 inputs; or, with a0, a1 and b0 alone, 16 inputs.
+__device__ __forceinline__ void multiply(int* c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                         uint32_t b0, uint32_t b1) {
+  if constexpr (LEVELS)
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, "
-                 "{%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+        "{%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply(int* c, uint32_t a0, uint32_t a1, uint32_t b0) {
+  if constexpr (LEVELS)
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
 }
 __device__ __forceinline__ float shuffle_xor(float v, int lane) {
   return __shfl_xor_sync(0xffffffffu, v, lane);
+}
+__device__ __forceinline__ uint32_t shuffle_xor(uint32_t v, int lane) {
+  return __shfl_xor_sync(0xffffffffu, v, lane);
+}
+// What all lanes have, so that the compiler knows.
+__device__ __forceinline__ int of_warp(int v) { return __shfl_sync(0xffffffffu, v, 0); }
+// Four bytes of b:a; nibble i of `which` picks byte i.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t which) {
+  uint32_t r;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(which));
+  return r;
 }
 #endif
 
@@ -180,58 +243,77 @@ __device__ __forceinline__ uint32_t and_or(uint32_t v, uint32_t mask, uint32_t o
 #endif
 }
 
-template <int SHIFT>
-__device__ __forceinline__ uint32_t shifted(uint32_t v) {
-  if constexpr (SHIFT >= 0) return v >> SHIFT;
-  else return v << -SHIFT;
+// a where the mask is set, else b.
+__device__ __forceinline__ uint32_t either(uint32_t mask, uint32_t a, uint32_t b) {
+#ifdef PLIANT_EMULATE
+  return (mask & a) | (~mask & b);
+#else
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(a), "r"(b));
+  return r;
+#endif
 }
 
-// Two values of slice `SLICE` as fp16 or bf16: bytes 0 and 2 of the words (ODD = 0), or 1 and 3.
-// words[i]: the word of each plane that holds the slice.
-template <int SLICE, int ODD>
-__device__ __forceinline__ uint32_t pair_of(const uint32_t* words) {
-  uint32_t v = kHalf ? 0x3C003C00u : 0x3F803F80u;
-  auto add = [&]<int I>() {
-    if constexpr (I < kPlaneCount) {
-      constexpr int p = plane_width(I), r = p / kLow;
-      constexpr int top = kMantissa - BITS + plane_shift(I);  // where the field goes
-      constexpr uint32_t mask = ((1u << p) - 1) << top;
-      v = and_or(shifted<8 * ODD + p * (SLICE / r) - top>(words[I]), mask | mask << 16, v);
-    }
-  };
-  add.template operator()<0>();
-  add.template operator()<1>();
-  add.template operator()<2>();
+__device__ __forceinline__ uint32_t shifted(uint32_t v, int by) { return by >= 0 ? v >> by : v << -by; }
+
+// The same value, which the compiler then keeps instead of making it again.
+__device__ __forceinline__ int opaque(int v) {
+#ifndef PLIANT_EMULATE
+  asm("" : "+r"(v));
+#endif
+  return v;
+}
+template <typename T>
+__device__ __forceinline__ const T& shared_at(const uint8_t* shared, int at) {
+  return *reinterpret_cast<const T*>(shared + at);
+}
+
+// Bits of a slice's weights in each byte, their lowest at `base`. words[segment]: of the planes.
+template <int WORDS>
+__device__ __forceinline__ uint32_t weights_of(const uint32_t (&words)[kSegments][WORDS], int slice,
+                                               int i, int base, uint32_t others = 0) {
+  if constexpr (BITS == 8) return words[0][i];
+  uint32_t v = others;
+#pragma unroll
+  for (int p = 0; p < kPlaneCount; p++) {
+    const int width = plane_width(p), ratio = width / kLow, to = base + plane_shift(p);
+    const uint32_t word = words[plane_first(p) + slice % ratio][i];
+    v = and_or(shifted(word, width * (slice / ratio) - to), (((1u << width) - 1) << to) * 0x01010101u, v);
+  }
   return v;
 }
 
-// The high (PART = 1) or low nibbles of two bytes as bf16: 1 + high / 16 and (1 + low / 16) / 16.
-template <int ODD, int PART>
-__device__ __forceinline__ uint32_t nibbles_of(uint32_t word) {
-  const uint32_t v = shifted<8 * ODD + 4 * PART - 3>(word);
-  return and_or(v, 0x00780078u, PART ? 0x3F803F80u : 0x3D803D80u);
+// Selectors of two bytes' or four bytes' levels: nibbles of words i (low) and i + 1 (high), or of
+// one word alone, its bytes 0, 1, 2, 3 in the low half.
+template <int WORDS>
+__device__ __forceinline__ uint32_t selectors_of(const uint32_t (&words)[kSegments][WORDS], int slice,
+                                                 int i) {
+  if constexpr (WORDS > 1 && BITS == 4)
+    return slice == 0 ? either(0x0F0F0F0Fu, words[0][i], words[0][i + 1] << 4)
+                      : either(0x0F0F0F0Fu, words[0][i] >> 4, words[0][i + 1]);
+  const uint32_t low = weights_of(words, slice, i, 0);
+  if constexpr (WORDS > 1) return weights_of(words, slice, i + 1, 4, low);
+  return permute(low | low >> 4, 0, 0x0020);
 }
 
-// The same two values as an index of the table of pairs: first | second << BITS.
-template <int SLICE, int ODD>
-__device__ __forceinline__ uint32_t index_of(const uint32_t* words) {
-  uint32_t v = 0;
-  auto add = [&]<int I>() {
-    if constexpr (I < kPlaneCount) {
-      constexpr int p = plane_width(I), r = p / kLow, top = plane_shift(I);
-      constexpr uint32_t mask = ((1u << p) - 1) << top;
-      v |= shifted<8 * ODD + p * (SLICE / r) - top>(words[I]) & (mask | mask << 16);
-    }
-  };
-  add.template operator()<0>();
-  add.template operator()<1>();
-  add.template operator()<2>();
-  return (v | v >> (16 - BITS)) & ((1u << 2 * BITS) - 1);
+// Signed digits of the levels that the low four nibbles select. table: kTableWords words.
+__device__ __forceinline__ uint32_t digits_of(const uint32_t* table, uint32_t select, uint32_t half) {
+  if constexpr (BITS < 4) return permute(table[0], table[1], select);
+  return permute(permute(table[0], table[1], select), permute(table[2], table[3], select), half);
 }
+
+// The nearest value that two signed digits hold, as 128 more than it in the low 16 bits.
+__device__ __forceinline__ uint32_t fixed_point(float v, float per_unit) {
+  return __float_as_uint(fmaf(v, per_unit, 12582912.0f + 128.0f));
+}
+constexpr uint32_t kFixedZero = 0x4B400000u + 128;  // of 0
+// What a unit of x or a table is divided by, from its largest magnitude: not below what keeps the
+// quotient finite. NaN stays.
+__device__ __forceinline__ float step_of(float most) { return (most < 1e-33f ? 1e-33f : most) * (1.0f / kLargest); }
 
 // ---- a low-rank term ---------------------------------------------------------------------------
 
-constexpr int kRankRows = 2;  // rows of B that a block multiplies
+constexpr int kRankRows = 1;  // rows of B that a block multiplies
 
 __host__ __device__ inline int projection_blocks(const Args& a) {
   return TERMS && a.projection ? (a.rank + kRankRows - 1) / kRankRows : 0;
@@ -240,7 +322,7 @@ __host__ __device__ inline int projection_blocks(const Args& a) {
 // middle = x B^T for this block's rows of B. Blocks start in the order of their index, so these are
 // at work or done when another waits for them.
 __device__ __forceinline__ void project_block(const Args& a, float* parts) {
-  constexpr int kAhead = 2;
+  constexpr int kAhead = 4;
   const int threads = blockDim.x, warps = threads / 32;
   const uint16_t* rows[kRankRows];
   uint4 ahead[kRankRows][kAhead];
@@ -313,342 +395,603 @@ __device__ __forceinline__ void count_done(const Args& a) {
 
 // ---- the kernel --------------------------------------------------------------------------------
 
-// Bytes of each part of shared memory; `decode_shared` and the kernel agree through this.
+// Where each part of shared memory is; the host and the kernel agree through this.
 struct Layout {
-  int x_stride, x_bytes, sum_bytes, scale_bytes, table_bytes, total;
+  int ring, digits, steps, scales, extra, tables, partial, factor, middle, total;  // offsets
+  int scale_stride;  // of a row of W, in floats: odd, so that rows lie in different banks
 };
-__host__ __device__ inline Layout layout_of(const Args& a, int vec, int tiles, int warps) {
+__host__ __device__ inline Layout layout_of(const Args& a, int vec, int loads, int depth, int warps) {
   Layout l;
-  const int columns = 8 * tiles, units = kSlices * a.slab;
-  l.x_stride = units * 4 * vec + 4;  // + 8 bytes: the quads of 4 columns meet different banks
-  l.x_bytes = (a.n * l.x_stride * 2 + 15) / 16 * 16;
-  l.sum_bytes = units * columns * 4;
-  l.scale_bytes = a.row_tiles * units * 8 * 16;
-  l.table_bytes = LEVELS ? a.table_count * (1 << 2 * BITS) * a.copies * 4 : 0;
-  // After the loop the partial sums of all warps take the place of x.
-  const int partial = (warps + a.row_tiles) * 16 * columns * 4;
-  if (l.x_bytes < partial) l.x_bytes = partial;  // (more than project_block takes)
-  l.total = l.x_bytes + l.sum_bytes + l.scale_bytes + l.table_bytes;
+  const int units = kSlices * a.slab, rows = 16 * a.row_tiles, unit = 4 * vec * loads;
+  int at = 0;
+  auto take = [&at](int bytes) {
+    const int here = at;
+    at += (bytes + 15) / 16 * 16;
+    return here;
+  };
+  l.scale_stride = units | 1;
+  l.ring = take(warps * depth * 2 * kSegments * loads * vec * 32);
+  l.digits = take(units * unit * 2 * a.n);
+  l.steps = take(units * a.n * 8);
+  l.scales = take(rows * l.scale_stride * 4);
+  l.extra = take(a.zero_planes[0] ? rows * l.scale_stride * 4 : 0);
+  l.tables = take(LEVELS ? a.table_count * (2 * kEntries + 4) : 0);
+  l.partial = take(warps * rows * a.n * 4);
+  l.factor = take(TERMS && a.factor ? rows * a.rank * 2 : 0);
+  l.middle = take(TERMS && a.factor ? a.n * a.rank * 4 : 0);
+  // (project_block takes n floats a warp, less than the ring)
+  l.total = at;
   return l;
 }
 
-template <int VEC, int TILES, int DEPTH>
+// Scales of the block's rows for the units of a slab; and of their zero points how much they are
+// more than the middle one, over the middle one, or the offsets of their tables.
+template <int UNIT>
+__device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout, uint8_t* shared,
+                                             int first_row, int rows, int begin, int count, int bytes) {
+  float* scales = reinterpret_cast<float*>(shared + layout.scales);
+  float* extra = reinterpret_cast<float*>(shared + layout.extra);
+  const int units = kSlices * count;
+  const bool whole = count * UNIT == bytes;  // then units are neighbours in memory
+  const float* steps = reinterpret_cast<const float*>(shared + layout.tables + a.table_count * 2 * kEntries);
+  if (a.scale_kind == 0 && !a.zero_planes[0] && whole &&
+      reinterpret_cast<uintptr_t>(a.scale_planes[0]) % 16 == 0) {
+    // Eight neighbours at once, each for the units of its group.
+    const uint16_t* from = reinterpret_cast<const uint16_t*>(a.scale_planes[0]) +
+                           static_cast<int64_t>(first_row) * a.groups;
+    const int values = rows * a.groups, of_group = a.group_size / UNIT;
+    for (int i = threadIdx.x * 8; i < values; i += blockDim.x * 8) {
+      uint32_t w[4] = {};
+      if (i + 8 <= values) {
+        const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from + i));
+        w[0] = raw.x, w[1] = raw.y, w[2] = raw.z, w[3] = raw.w;
+      } else {
+        for (int j = 0; j < 8; j++)
+          if (i + j < values) w[j / 2] |= static_cast<uint32_t>(from[i + j]) << (j % 2 * 16);
+      }
+      int row = i / a.groups, group = i - row * a.groups;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        float scale = half_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
+        if constexpr (LEVELS != 0) scale *= steps[0];
+        float* to = scales + row * layout.scale_stride;
+        if (i + j < values)
+          for (int u = group * of_group; u < min((group + 1) * of_group, units); u++) to[u] = scale;
+        if (++group == a.groups) group = 0, row++;
+      }
+    }
+    return;
+  }
+  const int padded = (rows + 15) / 16 * 16;  // rows that are not there as the last one
+#pragma unroll 2
+  for (int i = threadIdx.x; i < padded * units; i += blockDim.x) {
+    const int row = i / units, u = i - row * units, slice = u / count, chunk = u - slice * count;
+    const int64_t from = first_row + min(row, rows - 1);
+    const int k = slice * bytes + (begin + chunk) * UNIT;
+    const int group = a.group_shift >= 0 ? k >> a.group_shift : k / a.group_size;
+    const int place = row * layout.scale_stride + slice * a.slab + chunk;
+    float scale = group_scale(a, from, group);
+    if constexpr (LEVELS != 0) {
+      int chosen = 0;
+      if (a.selector_bits) {
+        chosen = packed_value(a.zero_planes, a.selector_bits, from, group, a.groups);
+        extra[place] = __int_as_float(chosen * 2 * kEntries);
+      }
+      scale *= steps[chosen];
+    } else if (a.zero_planes[0]) {
+      extra[place] = packed_value(a.zero_planes, BITS, from, group, a.groups) / kMiddle - 1.0f;
+    }
+    scales[place] = scale;
+  }
+}
+
+// Tables as digits, high ones first, and what a unit of their digits is.
+__device__ __forceinline__ void stage_tables(const Args& a, uint8_t* tables) {
+  float* steps = reinterpret_cast<float*>(tables + a.table_count * 2 * kEntries);
+  for (int i = threadIdx.x; i < a.table_count; i += blockDim.x) {
+    const uint16_t* levels = a.tables + (i << BITS);
+    float most = 0.0f;
+    for (int q = 0; q < 1 << BITS; q++) most = fmaxf(most, fabsf(half_float(levels[q])));
+    const float step = step_of(most);
+    steps[i] = step;
+    for (int q = 0; q < kEntries; q++) {
+      const uint32_t v =
+          q < 1 << BITS ? fixed_point(half_float(levels[q]), 1.0f / step) : kFixedZero;
+      tables[i * 2 * kEntries + q] = v >> 8 & 0xff;
+      tables[i * 2 * kEntries + kEntries + q] = (v & 0xff) ^ 0x80;
+    }
+  }
+}
+
+// x of a slab as digits, [unit][load][row of x, digit][4 * VEC inputs], and of each unit and row of
+// x: its step u (over 2**place of the slice), and minus the middle zero point times u times the sum
+// of its digits.
+template <int VEC, int LOADS>
+__device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uint8_t* shared, int begin,
+                                        int count, int bytes) {
+  constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS;
+  constexpr int kTeam = kUnit / 16;  // threads of a unit, sixteen neighbours each
+  constexpr int kBatch = 2;          // pairs of loads issued together
+  constexpr bool kPaired = LEVELS != 0 && VEC > 4;
+  float2* steps = reinterpret_cast<float2*>(shared + layout.steps);
+  const int units = kSlices * count, each = units * kTeam, items = a.n * each;
+  const bool whole = count * kUnit == bytes;
+  // Where an item's row of x, unit and first input are; all slices are one run if the slab is whole.
+  auto place = [&](int i, int& column, int& unit, int& k) {
+    column = a.n == 1 ? 0 : i / each;
+    const int within = i - column * each;
+    unit = within / kTeam;
+    k = within * 16;
+    if (whole) return;
+    const int slice = unit / count, chunk = unit - slice * count;
+    unit = slice * a.slab + chunk;
+    k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 16;
+  };
+  for (int base = 0; base < items; base += kBatch * blockDim.x) {
+    uint4 ahead[kBatch][2];
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      const int i = base + b * blockDim.x + threadIdx.x;
+      int column, unit, k;
+      place(i, column, unit, k);
+      ahead[b][0] = ahead[b][1] = make_uint4(0, 0, 0, 0);
+      if (i < items) {
+        const uint4* from =
+            reinterpret_cast<const uint4*>(a.x + static_cast<int64_t>(column) * a.width + k);
+        ahead[b][0] = __ldcg(from);
+        ahead[b][1] = __ldcg(from + 1);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; b++) {
+      if (base + b * static_cast<int>(blockDim.x) >= items) break;  // the whole block
+      const int i = base + b * blockDim.x + threadIdx.x;
+      int column, unit, k;
+      place(i, column, unit, k);
+      const uint32_t w[8] = {ahead[b][0].x, ahead[b][0].y, ahead[b][0].z, ahead[b][0].w,
+                             ahead[b][1].x, ahead[b][1].y, ahead[b][1].z, ahead[b][1].w};
+      float v[16];
+      uint32_t most = 0;  // of magnitudes as integers, which keeps NaN
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        v[j] = x_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
+        most = max(most, __float_as_uint(v[j]) & 0x7fffffffu);
+      }
+#pragma unroll
+      for (int m = 1; m < kTeam; m *= 2) most = max(most, shuffle_xor(most, m));
+      const float step = step_of(__uint_as_float(most)), per_unit = __fdividef(1.0f, step);
+      uint32_t fixed[16], sum = 0;
+#pragma unroll
+      for (int j = 0; j < 16; j++) {
+        // Levels take two words' bytes in turn, as selectors_of has them.
+        fixed[j] = fixed_point(v[kPaired ? j / 8 * 8 + j % 8 / 2 + j % 2 * 4 : j], per_unit);
+        sum += fixed[j];
+      }
+      sum -= 16 * kFixedZero;
+#pragma unroll
+      for (int m = 1; m < kTeam; m *= 2) sum += shuffle_xor(sum, m);
+      if (i < items) {
+        const int in_unit = i % kTeam * 16;
+        uint8_t* to = shared + layout.digits +
+                      ((unit * LOADS + in_unit / kLoad) * 2 * a.n + 2 * column) * kLoad + in_unit % kLoad;
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const uint32_t* f = fixed + 4 * j;
+          const uint32_t first = permute(f[0], f[1], 0x5140), second = permute(f[2], f[3], 0x5140);
+          low[j] = permute(first, second, 0x5410) ^ 0x80808080u;
+          high[j] = permute(first, second, 0x7632);
+        }
+        *reinterpret_cast<uint4*>(to) = make_uint4(high[0], high[1], high[2], high[3]);
+        *reinterpret_cast<uint4*>(to + kLoad) = make_uint4(low[0], low[1], low[2], low[3]);
+        if (i % kTeam == 0) {
+          const uint32_t place_in_byte = place_of(unit / a.slab);
+          steps[unit * a.n + column] =
+              make_float2(step * __uint_as_float((127 - place_in_byte) << 23),
+                          -kMiddle * step * static_cast<float>(static_cast<int32_t>(sum)));
+        }
+      }
+    }
+  }
+}
+
+template <int VEC, int LOADS, int DEPTH, int TILES>
 __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
-  constexpr int kUnit = 4 * VEC;   // inputs of a slice of a chunk
-  constexpr int kWords = VEC / 4;  // of a lane's load
-  constexpr int kColumns = 8 * TILES;
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int tile = warp % a.row_tiles, part = warp / a.row_tiles, parts = warps / a.row_tiles;
-  const int quad = lane / 4, t = lane % 4;
-  const Layout layout = layout_of(a, VEC, TILES, warps);
-  uint16_t* xs = reinterpret_cast<uint16_t*>(shared);
-  float* sums = reinterpret_cast<float*>(shared + layout.x_bytes);
-  float4* scales = reinterpret_cast<float4*>(shared + layout.x_bytes + layout.sum_bytes);
-  uint32_t* table = reinterpret_cast<uint32_t*>(shared + layout.x_bytes + layout.sum_bytes +
-                                                layout.scale_bytes);
+  constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS, kWords = VEC / 4;
+  constexpr int kTiles = TILES ? TILES : 1;                             // of columns
+  constexpr int kTogether = TILES ? 1 : kSlices < 4 ? kSlices : 4;      // slices of an accumulator
+  constexpr int kChains = TILES ? 1 : 2;  // accumulators in turn, to wait less for one another
+  const int warps = blockDim.x / 32 - TERMS;  // one more waits for the low-rank term
+  const int warp = of_warp(threadIdx.x / 32), lane = threadIdx.x % 32;
+  const int quad = lane / 4, t = lane % 4, of_x = TILES ? a.n : 1;
+  const Layout layout = layout_of(a, VEC, LOADS, DEPTH, warps);
   const int bytes = a.width * kLow / 8;  // of a row of the narrowest plane
   const int chunks = bytes / kUnit;
   const int before = projection_blocks(a);
+  let_next_start();
   if (static_cast<int>(blockIdx.x) < before) {
-    let_next_start();
     project_block(a, reinterpret_cast<float*>(shared));
     count_done(a);
     return;
   }
   const int first_row = (blockIdx.x - before) * 16 * a.row_tiles;
+  const int rows = min(a.out - first_row, 16 * a.row_tiles), tiles = (rows + 15) / 16;
+  constexpr int kStage = 2 * kSegments * LOADS * VEC * 32;
+  uint8_t* ring = shared + opaque(layout.ring + warp * DEPTH * kStage + lane * VEC);
+  float* partial = reinterpret_cast<float*>(shared + layout.partial);
+  const uint8_t* tables = shared + layout.tables;
+  const uint16_t* factor = reinterpret_cast<const uint16_t*>(shared + layout.factor);
 
-  // This lane's places in the rows `quad` and `quad + 8` of its tile.
-  const uint8_t* from[2][kPlaneCount];
+  float total[kTiles][2] = {};
+  uint32_t table[2][kDigits][kTableWords];  // of the rows `quad` and `quad + 8`
+  auto take_table = [&](int h, int at) {
 #pragma unroll
-  for (int h = 0; h < 2; h++)
-#pragma unroll
-    for (int i = 0; i < kPlaneCount; i++) {
-      const int row = min(first_row + tile * 16 + quad + 8 * h, a.out - 1);
-      from[h][i] = a.planes[i] + static_cast<int64_t>(row) * bytes * (plane_width(i) / kLow) +
-                   t * VEC;
-    }
-  uint32_t held[DEPTH][2][kSegments][kWords];
-  auto fetch = [&](uint32_t (&to)[2][kSegments][kWords], int chunk) {
-#pragma unroll
-    for (int h = 0; h < 2; h++)
-#pragma unroll
-      for (int i = 0; i < kPlaneCount; i++)
-#pragma unroll
-        for (int r = 0; r < plane_width(i) / kLow; r++)
-          load_once<VEC>(to[h][plane_first(i) + r], from[h][i] + r * bytes + chunk * kUnit);
+    for (int i = 0; i < kDigits * kTableWords; i++)
+      table[h][i / kTableWords][i % kTableWords] = reinterpret_cast<const uint32_t*>(tables + at)[i];
   };
-
-  let_next_start();
+  uint4 kept[kTogether];  // digits of x; zero but in a slice's own columns
+  if constexpr (TILES == 0)
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++)
-    if (part * DEPTH + d < chunks) fetch(held[d], part * DEPTH + d);
+    for (int j = 0; j < kTogether; j++) kept[j] = make_uint4(0, 0, 0, 0);
 
-  if constexpr (LEVELS != 0) {
-    const int entries = a.table_count << 2 * BITS;
-    for (int i = threadIdx.x; i < entries; i += blockDim.x) {
-      const int which = i >> 2 * BITS, q = i & ((1 << 2 * BITS) - 1);
-      const uint16_t* levels = a.tables + (which << BITS);
-      const uint32_t both = levels[q & ((1 << BITS) - 1)] |
-                            static_cast<uint32_t>(levels[q >> BITS]) << 16;
-      for (int k = 0; k < a.copies; k++)
-        table[i * a.copies + ((k + i) & (a.copies - 1))] = both;
-    }
-  }
-
-  float total[TILES][4] = {};
   bool waited = a.late;
   for (int begin = 0; begin < chunks; begin += a.slab) {
     const int end = min(begin + a.slab, chunks), count = end - begin;
-    if (begin) __syncthreads();
-    // Scales and offsets of this slab, for rows r and r + 8 together.
-    for (int i = threadIdx.x; i < a.row_tiles * count * 8; i += blockDim.x) {
-      const int r = i % 8, which = a.row_tiles == 1 ? 0 : i / 8 / count;
-      const int chunk = i / 8 - which * count;
-      const int64_t row = min(first_row + which * 16 + r, a.out - 1);
-      const int64_t below = min(first_row + which * 16 + r + 8, a.out - 1);
+    // This warp's tasks: chunks of a tile, then of the next.
+    const int tasks = warp < warps ? tiles * count : 0, last = tasks * (warp + 1) / warps;
+    int task = tasks * warp / warps, tile = task / count, chunk = begin + task - tile * count;
+    int fetched = task, fetch_tile = tile, fetch_chunk = chunk, fetch_stage = 0;
+    uint32_t from[2][kPlaneCount];  // this lane's places in the planes
+    auto point = [&]() {
 #pragma unroll
-      for (int slice = 0; slice < kSlices; slice++) {
-        const int k = slice * bytes + (begin + chunk) * kUnit;
-        const int group = a.group_shift >= 0 ? k >> a.group_shift : k / a.group_size;
-        float4 s;
-        s.x = group_scale(a, row, group);
-        s.y = group_scale(a, below, group);
-        if constexpr (LEVELS != 0) {
-          int chosen[2] = {0, 0};
-          if (a.selector_bits) {
-            chosen[0] = packed_value(a.zero_planes, a.selector_bits, row, group, a.groups);
-            chosen[1] = packed_value(a.zero_planes, a.selector_bits, below, group, a.groups);
-          }
-          s.z = __int_as_float((chosen[0] << 2 * BITS) * a.copies);
-          s.w = __int_as_float((chosen[1] << 2 * BITS) * a.copies);
-        } else {
-          constexpr float kOffset = (1 << BITS) + (kSplit ? 16 : 0);
-          float zero[2] = {BITS == 1 ? 0.5f : 1 << (BITS - 1), BITS == 1 ? 0.5f : 1 << (BITS - 1)};
-          if (a.zero_planes[0]) {
-            zero[0] = packed_value(a.zero_planes, BITS, row, group, a.groups);
-            zero[1] = packed_value(a.zero_planes, BITS, below, group, a.groups);
-          }
-          s.z = -s.x * (kOffset + zero[0]);
-          s.w = -s.y * (kOffset + zero[1]);
-          s.x *= 1 << BITS;
-          s.y *= 1 << BITS;
+      for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int p = 0; p < kPlaneCount; p++) {
+          const uint32_t row = min(first_row + fetch_tile * 16 + quad + 8 * h, a.out - 1);
+          from[h][p] = row * bytes * (plane_width(p) / kLow) + fetch_chunk * kUnit + t * VEC;
         }
-        scales[((which * kSlices + slice) * a.slab + chunk) * 8 + r] = s;
+    };
+    auto fetch = [&]() {
+      if (fetched < last) {
+        uint8_t* to = ring + fetch_stage * kStage;
+#pragma unroll
+        for (int h = 0; h < 2; h++)
+#pragma unroll
+          for (int p = 0; p < kPlaneCount; p++) {
+#pragma unroll
+            for (int r = 0; r < plane_width(p) / kLow; r++)
+#pragma unroll
+              for (int l = 0; l < LOADS; l++)
+                copy_ahead<VEC>(to + ((h * kSegments + plane_first(p) + r) * LOADS + l) * VEC * 32,
+                                a.planes[p] + (from[h][p] + r * bytes) + l * kLoad);
+            from[h][p] += kUnit;
+          }
+        fetched++;
+        if (++fetch_chunk == end) {
+          fetch_chunk = begin;
+          fetch_tile++;
+          point();
+        }
+        fetch_stage = (fetch_stage + 1) & (DEPTH - 1);
+      }
+      end_copies();
+    };
+    point();
+    for (int d = 0; d < DEPTH; d++) fetch();
+
+    if (begin) {
+      __syncthreads();
+    } else {
+      for (int i = threadIdx.x; i < warps * 16 * a.row_tiles * a.n; i += blockDim.x) partial[i] = 0.0f;
+      if constexpr (LEVELS != 0) {
+        stage_tables(a, shared + layout.tables);
+        __syncthreads();
+        take_table(0, 0);
+        take_table(1, 0);
+      }
+      if (TERMS && a.factor) {
+        const uint16_t* own = a.factor + static_cast<int64_t>(first_row) * a.rank;
+        const int values = rows * a.rank;
+        const int whole = reinterpret_cast<uintptr_t>(own) % 16 == 0 ? values / 8 : 0;
+        for (int i = threadIdx.x; i < whole; i += blockDim.x)
+          reinterpret_cast<uint4*>(shared + layout.factor)[i] =
+              __ldg(reinterpret_cast<const uint4*>(own) + i);
+        for (int i = 8 * whole + threadIdx.x; i < values; i += blockDim.x)
+          reinterpret_cast<uint16_t*>(shared + layout.factor)[i] = own[i];
       }
     }
+    stage_scales<kUnit>(a, layout, shared, first_row, rows, begin, count, bytes);
     if (!waited) {
       wait_for_previous();
       waited = true;
     }
-    // x of this slab: eight neighbours a thread, kUnit / 8 threads a unit.
-    constexpr int kTeam = kUnit / 8;
-    const int units = kSlices * count, each = units * kTeam, items = a.n * each;
-    // Where an item's column, slice and chunk are; all slices are one run where the slab is whole.
-    auto place = [&](int i, int& column, int& unit, int& k) {
-      column = a.n == 1 ? 0 : i / each;
-      const int u = (i - column * each) / kTeam, slice = count == chunks ? 0 : u / count;
-      const int chunk = u - slice * count;
-      unit = slice * a.slab + chunk;
-      k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 8;
-    };
-    constexpr int kBatch = 4;  // loads issued together
-    for (int base = 0; base < items; base += kBatch * blockDim.x) {
-      uint4 ahead[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        const int i = base + b * blockDim.x + threadIdx.x;
-        int column, unit, k;
-        place(i, column, unit, k);
-        ahead[b] = make_uint4(0, 0, 0, 0);
-        if (i < items)
-          ahead[b] = __ldcg(reinterpret_cast<const uint4*>(
-              a.x + static_cast<int64_t>(column) * a.width + k));
-      }
-#pragma unroll
-      for (int b = 0; b < kBatch; b++) {
-        if (base + b * static_cast<int>(blockDim.x) >= items) break;  // the whole block
-        const int i = base + b * blockDim.x + threadIdx.x;
-        int column, unit, k;
-        place(i, column, unit, k);
-        const uint4 raw = ahead[b];
-        uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-        float v[8], sum = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 8; j++) v[j] = x_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
-        if constexpr (LEVELS != 0) {
-          float most = 0.0f;
-#pragma unroll
-          for (int j = 0; j < 8; j++) most = fmaxf(most, fabsf(v[j]));
-#pragma unroll
-          for (int m = 1; m < kTeam; m *= 2) most = fmaxf(most, shuffle_xor(most, m));
-          const uint32_t exponent = min(max(__float_as_uint(most) >> 23, 16u), 253u);
-          const float up = __uint_as_float((268 - exponent) << 23);  // the largest to [2^14, 2^15)
-#pragma unroll
-          for (int j = 0; j < 4; j++)
-            w[j] = float_half(v[2 * j] * up) | static_cast<uint32_t>(float_half(v[2 * j + 1] * up)) << 16;
-          sum = __uint_as_float((exponent - 14) << 23);
-        } else {
-#pragma unroll
-          for (int j = 0; j < 8; j++) sum += v[j];
-#pragma unroll
-          for (int m = 1; m < kTeam; m *= 2) sum += shuffle_xor(sum, m);
-        }
-        if (i < items) {
-          // Of four neighbours 0 1 2 3 the operand takes 0 2 (even bytes), then 1 3.
-          uint2* to = reinterpret_cast<uint2*>(xs + column * layout.x_stride +
-                                               unit * kUnit + i % kTeam * 8);
-#pragma unroll
-          for (int j = 0; j < 2; j++)
-            to[j] = make_uint2((w[2 * j] & 0xffff) | w[2 * j + 1] << 16,
-                               w[2 * j] >> 16 | (w[2 * j + 1] & 0xffff0000u));
-          if (i % kTeam == 0) sums[unit * kColumns + column] = sum;
-        }
-      }
-    }
+    stage_x<VEC, LOADS>(a, layout, shared, begin, count, bytes);
     __syncthreads();
 
-    for (int start = begin + part * DEPTH; start < end; start += parts * DEPTH) {
+    // The sums of a tile's rows go to shared memory.
+    auto flush = [&]() {
+      if constexpr (TILES == 0) {
 #pragma unroll
-      for (int d = 0; d < DEPTH; d++) {
-        const int chunk = start + d;
-        if (chunk < end) {
-          uint32_t(&now)[2][kSegments][kWords] = held[d];
-          auto slice_of = [&]<int SLICE>() {
-            if constexpr (SLICE < kSlices) {
-              const int unit = SLICE * a.slab + chunk - begin;
-              const float4 s = scales[(tile * kSlices * a.slab + unit) * 8 + quad];
-              float acc[TILES][4] = {};
-              const uint16_t* xb[TILES];
+        for (int m = 1; m < kTogether; m *= 2)
 #pragma unroll
-              for (int n = 0; n < TILES; n++)
-                xb[n] = xs + min(quad + 8 * n, a.n - 1) * layout.x_stride + unit * kUnit + t * VEC;
+          for (int h = 0; h < 2; h++) total[0][h] += shuffle_xor(total[0][h], m);
+      }
+      float* to = partial + (tile * warps + warp) * 16 * of_x + quad;
 #pragma unroll
-              for (int i = 0; i < kWords; i++) {
-                uint32_t words[2][kPlaneCount];
+      for (int n = 0; n < kTiles; n++)
+        if (4 * n + t < a.n)
 #pragma unroll
-                for (int h = 0; h < 2; h++)
+          for (int h = 0; h < 2; h++) to[(4 * n + t) * 16 + 8 * h] += total[n][h];
 #pragma unroll
-                  for (int p = 0; p < kPlaneCount; p++)
-                    words[h][p] = now[h][plane_first(p) + SLICE % (plane_width(p) / kLow)][i];
-                uint2 b[TILES];
+      for (int n = 0; n < kTiles; n++) total[n][0] = total[n][1] = 0.0f;
+    };
+
+    // This lane's places in shared memory, of the first unit. One row of x: of column `quad`, a
+    // slice and digit; and of the slice of columns 2 t and 2 t + 1.
+    const int own = TILES ? 0 : min(quad / 2, kTogether - 1), sums_of = TILES ? 0 : min(t, kTogether - 1);
+    const int to_digits = opaque(layout.digits + t * VEC +
+                                 (TILES ? 0 : own * a.slab * LOADS * 2 + quad % 2) * kLoad);
+    const int to_steps = opaque(layout.steps + sums_of * a.slab * of_x * 8);
+    const int to_scales = opaque(layout.scales + (quad * layout.scale_stride + sums_of * a.slab) * 4);
+    const int below = 8 * layout.scale_stride * 4, to_extra = layout.extra - layout.scales;
+    const int slice_digits = a.slab * LOADS * 2 * of_x * kLoad, slice_steps = a.slab * of_x * 8;
+    const bool zeros = a.zero_planes[0] != nullptr;
+    for (int stage = 0; task < last; task++) {
+      wait_copies<DEPTH - 1>();
+      uint32_t words[LOADS][2][kSegments][kWords];
+      const uint8_t* held = ring + stage * kStage;
+      stage = (stage + 1) & (DEPTH - 1);
 #pragma unroll
-                for (int n = 0; n < TILES; n++)
-                  b[n] = *reinterpret_cast<const uint2*>(xb[n] + 4 * i);
-                if constexpr (LEVELS != 0) {
-                  const int bank = lane & (a.copies - 1);
-                  const uint32_t* low = table + __float_as_int(s.z) + bank;
-                  const uint32_t* high = table + __float_as_int(s.w) + bank;
-                  const uint32_t a0 = low[index_of<SLICE, 0>(words[0]) * a.copies];
-                  const uint32_t a1 = high[index_of<SLICE, 0>(words[1]) * a.copies];
-                  const uint32_t a2 = low[index_of<SLICE, 1>(words[0]) * a.copies];
-                  const uint32_t a3 = high[index_of<SLICE, 1>(words[1]) * a.copies];
+      for (int h = 0; h < 2; h++)
 #pragma unroll
-                  for (int n = 0; n < TILES; n++)
-                    multiply(acc[n], a0, a1, a2, a3, b[n].x, b[n].y);
-                } else if constexpr (kSplit) {
+        for (int s = 0; s < kSegments; s++)
 #pragma unroll
-                  for (int n = 0; n < TILES; n++) {
-                    multiply(acc[n], nibbles_of<0, 1>(words[0][0]), nibbles_of<0, 1>(words[1][0]),
-                             nibbles_of<1, 1>(words[0][0]), nibbles_of<1, 1>(words[1][0]), b[n].x,
-                             b[n].y);
-                    multiply(acc[n], nibbles_of<0, 0>(words[0][0]), nibbles_of<0, 0>(words[1][0]),
-                             nibbles_of<1, 0>(words[0][0]), nibbles_of<1, 0>(words[1][0]), b[n].x,
-                             b[n].y);
-                  }
-                } else {
-                  const uint32_t a0 = pair_of<SLICE, 0>(words[0]);
-                  const uint32_t a1 = pair_of<SLICE, 0>(words[1]);
-                  const uint32_t a2 = pair_of<SLICE, 1>(words[0]);
-                  const uint32_t a3 = pair_of<SLICE, 1>(words[1]);
+          for (int l = 0; l < LOADS; l++) {
+            const uint8_t* at = held + ((h * kSegments + s) * LOADS + l) * VEC * 32;
+            uint32_t(&w)[kWords] = words[l][h][s];
+            if constexpr (VEC == 16) {
+              const uint4 v = *reinterpret_cast<const uint4*>(at);
+              w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+            } else if constexpr (VEC == 8) {
+              const uint2 v = *reinterpret_cast<const uint2*>(at);
+              w[0] = v.x, w[1] = v.y;
+            } else {
+              w[0] = *reinterpret_cast<const uint32_t*>(at);
+            }
+          }
+      fetch();
+      const int unit = chunk - begin;
+      const int at_scales = to_scales + (tile * 16 * layout.scale_stride + unit) * 4;
+      const int at_steps = to_steps + unit * of_x * 8;
+      const int at_digits = opaque(to_digits + unit * (LOADS * 2 * kLoad) * of_x);
 #pragma unroll
-                  for (int n = 0; n < TILES; n++)
-                    multiply(acc[n], a0, a1, a2, a3, b[n].x, b[n].y);
+      for (int first = 0; first < kSlices; first += kTogether) {
+        int sums[kDigits][kChains * kTiles][4] = {};
+        const uint8_t* digits[kTiles];
+#pragma unroll
+        for (int n = 0; n < kTiles; n++)
+          digits[n] = shared + at_digits + first * slice_digits +
+                      (TILES ? min(8 * n + quad, 2 * a.n - 1) * kLoad : 0);
+#pragma unroll
+        for (int j = 0; j < kTogether; j++) {
+          const int slice = first + j;
+          if (LEVELS && a.selector_bits)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              take_table(h, shared_at<int>(shared, at_scales + to_extra + h * below + (slice - sums_of) * a.slab * 4));
+#pragma unroll
+          for (int l = 0; l < LOADS; l++) {
+            uint32_t b[kTiles][4];
+#pragma unroll
+            for (int n = 0; n < kTiles; n++) {
+              uint4 v = make_uint4(0, 0, 0, 0);
+              if constexpr (TILES == 0) v = kept[j];
+              if (TILES || quad / 2 == j) {
+                const uint8_t* at = digits[n] + l * 2 * of_x * kLoad;
+                if constexpr (VEC == 16) v = *reinterpret_cast<const uint4*>(at);
+                if constexpr (VEC == 8) {
+                  const uint2 two = *reinterpret_cast<const uint2*>(at);
+                  v.x = two.x, v.y = two.y;
                 }
+                if constexpr (VEC == 4) v.x = *reinterpret_cast<const uint32_t*>(at);
               }
+              if constexpr (TILES == 0) kept[j] = v;
+              b[n][0] = v.x, b[n][1] = v.y, b[n][2] = v.z, b[n][3] = v.w;
+            }
+            if constexpr (kWords == 1) {
 #pragma unroll
-              for (int n = 0; n < TILES; n++) {
-                const float2 f =
-                    *reinterpret_cast<const float2*>(sums + unit * kColumns + 8 * n + 2 * t);
-                if constexpr (LEVELS != 0) {
-                  total[n][0] = fmaf(s.x * f.x, acc[n][0], total[n][0]);
-                  total[n][1] = fmaf(s.x * f.y, acc[n][1], total[n][1]);
-                  total[n][2] = fmaf(s.y * f.x, acc[n][2], total[n][2]);
-                  total[n][3] = fmaf(s.y * f.y, acc[n][3], total[n][3]);
-                } else {
-                  total[n][0] = fmaf(s.x, acc[n][0], fmaf(s.z, f.x, total[n][0]));
-                  total[n][1] = fmaf(s.x, acc[n][1], fmaf(s.z, f.y, total[n][1]));
-                  total[n][2] = fmaf(s.y, acc[n][2], fmaf(s.w, f.x, total[n][2]));
-                  total[n][3] = fmaf(s.y, acc[n][3], fmaf(s.w, f.y, total[n][3]));
+              for (int d = 0; d < kDigits; d++) {
+                uint32_t w[2];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                  if constexpr (LEVELS != 0) {
+                    const uint32_t select = selectors_of(words[l][h], slice, 0);
+                    w[h] = digits_of(table[h][d], select & 0x7777, select >> 1 & 0x4444 | 0x3210);
+                  } else {
+                    w[h] = weights_of(words[l][h], slice, 0, place_of(slice));
+                  }
                 }
+#pragma unroll
+                for (int n = 0; n < kTiles; n++) multiply(sums[d][j % kChains * kTiles + n], w[0], w[1], b[n][0]);
+              }
+            } else {
+#pragma unroll
+              for (int i = 0; i < kWords; i += 2) {
+                uint32_t w[kDigits][4];
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                  if constexpr (LEVELS != 0) {
+                    const uint32_t select = selectors_of(words[l][h], slice, i);
+                    const uint32_t low = BITS < 4 ? select : select & 0x77777777u;
+                    const uint32_t half = select >> 1 & 0x44444444u | 0x32103210u;
+#pragma unroll
+                    for (int d = 0; d < kDigits; d++) {
+                      w[d][h] = digits_of(table[h][d], low, half);
+                      w[d][h + 2] = digits_of(table[h][d], low >> 16, half >> 16);
+                    }
+                  } else {
+                    w[0][h] = weights_of(words[l][h], slice, i, place_of(slice));
+                    w[0][h + 2] = weights_of(words[l][h], slice, i + 1, place_of(slice));
+                  }
+                }
+#pragma unroll
+                for (int d = 0; d < kDigits; d++)
+#pragma unroll
+                  for (int n = 0; n < kTiles; n++)
+                    multiply(sums[d][i / 2 % kChains * kTiles + n], w[d][0], w[d][1], w[d][2], w[d][3],
+                             b[n][i], b[n][i + 1]);
               }
             }
-          };
-          slice_of.template operator()<0>();
-          slice_of.template operator()<1>();
-          slice_of.template operator()<2>();
-          slice_of.template operator()<3>();
-          slice_of.template operator()<4>();
-          slice_of.template operator()<5>();
-          slice_of.template operator()<6>();
-          slice_of.template operator()<7>();
-        }
-        const int next = chunk + parts * DEPTH;
-        if (next < chunks) fetch(held[d], next);
-      }
-    }
-  }
-  __syncthreads();
-
-  // The warps' partial sums, [warp][column][row], and after them the other terms of a sum.
-  float* partial = reinterpret_cast<float*>(shared);
-#pragma unroll
-  for (int n = 0; n < TILES; n++)
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      partial[(warp * kColumns + 8 * n + 2 * t + j % 2) * 16 + quad + 8 * (j / 2)] = total[n][j];
-  float* terms = partial + warps * kColumns * 16;
-  const bool more = TERMS && (a.factor || a.sparse_values);
-  const int outputs = 16 * a.row_tiles * a.n;
-  if (more) {
-    if (a.late) wait_for_previous();
-    if (before) {
-      if (threadIdx.x == 0)
-        while (*static_cast<volatile int32_t*>(a.counters) < before) pause();
-      __syncthreads();
-      __threadfence();
-    }
-    for (int base = 0; base < outputs * 8; base += blockDim.x) {
-      const int i = base + threadIdx.x, team = i % 8, output = i / 8;
-      const int column = output % a.n, r = output / a.n, row = first_row + r;
-      float sum = 0.0f;
-      if (output < outputs && row < a.out) {
-        if (a.factor)
-          for (int k = team; k < a.rank; k += 8) {
-            const uint16_t v = a.factor[static_cast<int64_t>(row) * a.rank + k];
-            sum += (a.factor_bf16 ? brain_float(v) : half_float(v)) *
-                   __ldcg(a.middle + column * a.rank + k);
           }
-        if (a.sparse_values)
-          for (int k = a.sparse_starts[row] + team; k < a.sparse_starts[row + 1]; k += 8)
-            sum += half_float(a.sparse_values[k]) *
-                   x_float(a.x[static_cast<int64_t>(column) * a.width + a.sparse_columns[k]]);
-      }
+        }
+        if constexpr (kChains > 1)
 #pragma unroll
-      for (int m = 1; m < 8; m *= 2) sum += shuffle_xor(sum, m);
-      if (output < outputs && team == 0) terms[(r / 16 * kColumns + column) * 16 + r % 16] = sum;
+          for (int d = 0; d < kDigits; d++)
+#pragma unroll
+            for (int j = 0; j < 4; j++) sums[d][0][j] += sums[d][1][j];
+        // Columns 2 t and 2 t + 1 are the digits of a slice, or of a row of x.
+        const int here = at_scales + first * a.slab * 4;
+        const float s[2] = {shared_at<float>(shared, here), shared_at<float>(shared, here + below)};
+#pragma unroll
+        for (int n = 0; n < kTiles; n++) {
+          const int column = TILES ? min(4 * n + t, a.n - 1) : 0;
+          const float2 step = shared_at<float2>(shared, at_steps + first * slice_steps + column * 8);
+          float v[2];
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            v[h] = static_cast<float>(sums[0][n][2 * h] * 256 + sums[0][n][2 * h + 1]);
+            if constexpr (LEVELS != 0)
+              v[h] = step.x * fmaf(v[h], 256.0f,
+                                   static_cast<float>(sums[kDigits - 1][n][2 * h] * 256 +
+                                                      sums[kDigits - 1][n][2 * h + 1]));
+            else
+              v[h] = fmaf(v[h], step.x, step.y);
+          }
+          if (!LEVELS && zeros)
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+              v[h] = fmaf(shared_at<float>(shared, here + to_extra + h * below), step.y, v[h]);
+#pragma unroll
+          for (int h = 0; h < 2; h++) total[n][h] = fmaf(s[h], v[h], total[n][h]);
+        }
+      }
+      if (++chunk == end || task + 1 == last) flush();
+      if (chunk == end) {
+        chunk = begin;
+        tile++;
+      }
     }
   }
+  wait_copies<0>();
+
+  // The warps' sums and the other terms, four lanes an output.
+  if (TERMS && a.late) wait_for_previous();
+  float* middle = reinterpret_cast<float*>(shared + layout.middle);
+  if (TERMS && a.factor && warp == warps) {
+    if (before && lane == 0)
+      while (*static_cast<volatile int32_t*>(a.counters) < before) pause();
+    __syncwarp();
+    __threadfence();
+    for (int i = lane; i < a.n * a.rank; i += 32) middle[i] = __ldcg(a.middle + i);
+  }
   __syncthreads();
-  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
-    const int r = i % (16 * a.row_tiles), column = i / (16 * a.row_tiles), row = first_row + r;
-    const int place = column * 16 + r % 16;
-    if (row >= a.out) continue;
-    float sum = more ? terms[r / 16 * kColumns * 16 + place] : 0.0f;
-    for (int p = 0; p < parts; p++)
-      sum += partial[(p * a.row_tiles + r / 16) * kColumns * 16 + place];
-    reinterpret_cast<uint16_t*>(a.y)[static_cast<int64_t>(column) * a.y_stride + row] = float_x(sum);
+  const int outputs = rows * a.n;
+  for (int base = 0; base < outputs * 4; base += blockDim.x) {
+    const int output = (base + threadIdx.x) / 4;
+    const int column = output / rows, r = output - column * rows, row = first_row + r;
+    float sum = 0.0f;
+    if (output < outputs) {
+      const float* own = partial + (r / 16 * warps * a.n + column) * 16 + r % 16;
+      for (int w = t; w < warps; w += 4) sum += own[w * a.n * 16];
+      if (TERMS && a.factor)
+        for (int k = t; k < a.rank; k += 4) {
+          const uint16_t v = factor[r * a.rank + k];
+          sum += (a.factor_bf16 ? brain_float(v) : half_float(v)) * middle[column * a.rank + k];
+        }
+      if (TERMS && a.sparse_values)
+        for (int k = a.sparse_starts[row] + t; k < a.sparse_starts[row + 1]; k += 4)
+          sum += half_float(a.sparse_values[k]) *
+                 x_float(a.x[static_cast<int64_t>(column) * a.width + a.sparse_columns[k]]);
+    }
+#pragma unroll
+    for (int m = 1; m < 4; m *= 2) sum += shuffle_xor(sum, m);
+    if (output < outputs && t == 0)
+      reinterpret_cast<uint16_t*>(a.y)[static_cast<int64_t>(column) * a.y_stride + row] = float_x(sum);
   }
   if (before) count_done(a);
+}
+
+// ---- decoding ----------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t pair_x(float low, float high) {
+#ifdef PLIANT_EMULATE
+  return float_x(low) | static_cast<uint32_t>(float_x(high)) << 16;
+#else
+  if constexpr (HALF) {
+    const __half2 both = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&both);
+  }
+  const __nv_bfloat162 both = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const uint32_t*>(&both);
+#endif
+}
+
+// Rows first to last of W, [last - first, width] at y: a thread takes eight bytes of each segment, so
+// eight neighbouring inputs of each slice. Groups are whole multiples of eight inputs.
+__global__ void __launch_bounds__(256) expand(const Args a, int first, int last) {
+  __shared__ float levels[LEVELS ? 4096 : 1];  // of as many tables as fit, else they are read as stored
+  const int entries = LEVELS ? a.table_count << BITS : 0;
+  if constexpr (LEVELS != 0) {
+    if (entries <= 4096)
+      for (int i = threadIdx.x; i < entries; i += blockDim.x) levels[i] = half_float(a.tables[i]);
+    __syncthreads();
+  }
+  const int bytes = a.width * kLow / 8, each = bytes / 8;
+  const int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int row = first + static_cast<int>(item / each), place = item % each * 8;
+  if (row >= last) return;
+  uint32_t words[kSegments][2];
+#pragma unroll
+  for (int p = 0; p < kPlaneCount; p++)
+#pragma unroll
+    for (int r = 0; r < plane_width(p) / kLow; r++) {
+      const uint2 raw = __ldg(reinterpret_cast<const uint2*>(
+          a.planes[p] + static_cast<int64_t>(row) * bytes * (plane_width(p) / kLow) + r * bytes + place));
+      words[plane_first(p) + r][0] = raw.x, words[plane_first(p) + r][1] = raw.y;
+    }
+  uint16_t* to = static_cast<uint16_t*>(a.y) + static_cast<int64_t>(row - first) * a.width + place;
+#pragma unroll
+  for (int slice = 0; slice < kSlices; slice++) {
+    const int k = slice * bytes + place;
+    const int group = a.group_shift >= 0 ? k >> a.group_shift : k / a.group_size;
+    const float scale = group_scale(a, row, group);
+    float zero = kMiddle;
+    int table = 0;
+    if constexpr (LEVELS != 0) {
+      if (a.selector_bits)
+        table = packed_value(a.zero_planes, a.selector_bits, row, group, a.groups) << BITS;
+    } else if (a.zero_planes[0]) {
+      zero = packed_value(a.zero_planes, BITS, row, group, a.groups);
+    }
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const uint32_t q = weights_of(words, slice, i, 0);
+      float v[4];
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        if constexpr (LEVELS != 0) {
+          const int at = table + (q >> 8 * j & 0xff);
+          v[j] = (entries <= 4096 ? levels[at] : half_float(a.tables[at])) * scale;
+        } else {  // q at the end of the mantissa of 2**23
+          v[j] = (__uint_as_float(permute(q, 0x4B000000u, 0x7440 + j)) - 8388608.0f - zero) * scale;
+        }
+      }
+      out[2 * i] = pair_x(v[0], v[1]);
+      out[2 * i + 1] = pair_x(v[2], v[3]);
+    }
+    *reinterpret_cast<uint4*>(to + slice * bytes) = make_uint4(out[0], out[1], out[2], out[3]);
+  }
 }
 
 // middle = x B^T for the few rows B [rank, width] of a low-rank term: a block a row of B. The kernel
@@ -708,14 +1051,12 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 
 #ifndef PLIANT_EMULATE
 
-// DEPTH loads of a chunk in flight a lane; more where a chunk is small.
-constexpr int kDepth = kSegments >= 5 ? 1 : kSegments >= 3 ? 2 : 4;
-
-// RESIDENT blocks of 8 warps share a multiprocessor, or one of 16 warps.
-template <int VEC, int TILES, int DEPTH, int RESIDENT>
-__global__ void __launch_bounds__(RESIDENT == 1 ? 512 : 256, RESIDENT) decode(const __grid_constant__ Args a) {
+template <int VEC, int LOADS, int DEPTH, int TILES>
+__global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
+                                  TERMS && !TILES && !LEVELS && kSegments * LOADS <= 3 ? 2 : 1)
+    decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
-  decode_block<VEC, TILES, DEPTH>(a, shared);
+  decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);
 }
 
 template <typename... T, typename... A>
@@ -734,48 +1075,35 @@ static int start(void (*kernel)(T...), int blocks, int threads, int shared, bool
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-template <int VEC, int TILES, int DEPTH, int RESIDENT>
+template <int VEC, int LOADS, int DEPTH, int TILES>
 static int launch(const Args& a, int warps, bool overlap, cudaStream_t stream) {
-  const int bytes = layout_of(a, VEC, TILES, warps).total;
+  const int bytes = layout_of(a, VEC, LOADS, DEPTH, warps).total;
   static int allowed = 48 << 10;
   if (bytes > allowed) {
-    cudaError_t error = cudaFuncSetAttribute(decode<VEC, TILES, DEPTH, RESIDENT>,
+    cudaError_t error = cudaFuncSetAttribute(decode<VEC, LOADS, DEPTH, TILES>,
                                              cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     allowed = bytes;
   }
   const int blocks =
       projection_blocks(a) + (a.out + 16 * a.row_tiles - 1) / (16 * a.row_tiles);
-  return start(decode<VEC, TILES, DEPTH, RESIDENT>, blocks, 32 * warps, bytes, overlap, stream, a);
+  return start(decode<VEC, LOADS, DEPTH, TILES>, blocks, 32 * (warps + TERMS), bytes, overlap, stream, a);
 }
 
 extern "C" {
 // Bytes of shared memory that a launch takes.
-int pliant_shared(const Args* a, int vec, int tiles, int warps) {
-  return layout_of(*a, vec, tiles, warps).total;
+int pliant_shared(const Args* a, int vec, int loads, int depth, int warps) {
+  return layout_of(*a, vec, loads, depth, warps).total;
 }
+int pliant_warps(int loads, int tiles) { return most_warps(loads, tiles); }
 // 0, or a cudaError_t; -1 for a shape that was not compiled.
-int pliant_decode(const Args* a, int vec, int tiles, int depth, int resident, int warps,
-                  int overlap, void* stream) {
+int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int warps, int overlap,
+                  void* stream) {
   cudaStream_t s = static_cast<cudaStream_t>(stream);
-#define PLIANT_CASE(V, T, D, R)                                 \
-  if (vec == V && tiles == T && depth == D && resident == R)    \
-    return launch<V, T, D, R>(*a, warps, overlap, s);
-  PLIANT_CASE(16, 1, kDepth, 1)
-  PLIANT_CASE(16, 1, kDepth, 3)
-  if constexpr (kDepth > 1) {
-    PLIANT_CASE(16, 1, 1, 1)
-    PLIANT_CASE(16, 1, 1, 3)
-    if constexpr (kDepth > 2) {
-      PLIANT_CASE(16, 1, 2, 1)
-      PLIANT_CASE(16, 1, 2, 3)
-    }
-  }
-  PLIANT_CASE(16, 2, 1, 1)
-  PLIANT_CASE(8, 1, kDepth, 1)
-  PLIANT_CASE(8, 2, 1, 1)
-  PLIANT_CASE(4, 1, kDepth, 1)
-  PLIANT_CASE(4, 2, 1, 1)
+#define PLIANT_CASE(V, L, D, T)                                    \
+  if (vec == V && loads == L && depth == D && tiles == T)          \
+    return launch<V, L, D, T>(*a, warps, overlap, s);
+  PLIANT_EACH_CASE
   return -1;
 }
 // middle [n, rank] = x [n, width] times B [rank, width] transposed; width a multiple of 8.
@@ -785,7 +1113,12 @@ int pliant_project(const void* x, const void* b, void* middle, int n, int width,
                static_cast<const uint16_t*>(x), static_cast<const uint16_t*>(b),
                static_cast<float*>(middle), n, width, rank, b_bf16);
 }
-int pliant_depth() { return kDepth; }
+// Rows first to last of W to y; bytes of a row of the narrowest plane a multiple of 8.
+int pliant_expand(const Args* a, int first, int last, void* stream) {
+  const int64_t items = static_cast<int64_t>(last - first) * (a->width * kLow / 64);
+  return start(expand, static_cast<int>((items + 255) / 256), 256, 0, false,
+               static_cast<cudaStream_t>(stream), *a, first, last);
+}
 const char* pliant_error(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
 }
 #endif

@@ -6,7 +6,8 @@ Which codes the CUDA kernel takes, how it cuts the work, and the call. See decod
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,9 +19,8 @@ from pliant.codes.packing import PLANES
 from pliant.errors import PliantError
 
 MOST_ROWS = 16  # of x in one launch
-_SHARED = 225 << 10  # bytes that a block may take on compute capability 9.0; 99 KiB on 8.6
-_SHARED_AIM = 100 << 10  # so that two blocks fit on a multiprocessor
-_TABLES = 48 << 10  # bytes of duplicated tables in shared memory
+_SHARED = 226 << 10  # bytes of shared memory that a block may take on compute capability 9.0
+_SHARED_AIM = 112 << 10  # so that the next launch's block fits beside this one's
 
 
 class _Args(ctypes.Structure):
@@ -40,32 +40,29 @@ class _Args(ctypes.Structure):
             for name in (
                 *("out", "width", "groups", "group_size", "group_shift", "n", "y_stride"),
                 *("scale_kind", "scale_bits", "scale_base"),
-                *("table_count", "selector_bits", "copies", "row_tiles", "slab"),
+                *("table_count", "selector_bits", "row_tiles", "slab"),
                 *("rank", "factor_bf16", "projection_bf16", "late"),
             )
         ),
     ]
 
 
-# Chunks in flight that are compiled for each width, the most first.
-_DEPTHS = {1: (4, 2, 1), 2: (4, 2, 1), 3: (2, 1), 4: (4, 2, 1), 5: (1,), 6: (2, 1), 7: (1,),
-           8: (4, 2, 1)}  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Shape:
     """How a launch cuts its work.
 
-    warps: of a block; row_tiles: of 16 rows of W that they share out, the rest along `in`.
-    depth: chunks that a warp has in flight, 0 for the kernel's own choice. resident: blocks that
-    must fit on a multiprocessor, which bounds registers (3, up to 8 warps; or 1, up to 16).
+    warps: of a block, up to 16, or 8 where their registers allow no more. row_tiles: of 16 rows of
+    W, of a block; its warps share out their chunks. depth: chunks that a warp has in flight, 4 or
+    2. loads: of 16 bytes of a lane in a chunk, 1 or 2. slab: chunks of x in shared memory at once.
+    0: as many as are good and fit.
     overlap: fetch weights while the kernel before still runs (programmatic dependent launch).
     """
 
     warps: int = 8
     row_tiles: int = 1
     depth: int = 0
-    resident: int = 1
+    loads: int = 0
+    slab: int = 0
     overlap: bool = True
 
 
@@ -99,6 +96,8 @@ def vector_bytes(code: Code) -> int:
         return 0
     low = PLANES[code.bit_width][-1]
     if code.width * low % 64 or not code.shape[0]:
+        return 0
+    if any(p.numel() >= 2**32 for p in code.planes):  # the kernel's offsets are of 32 bits
         return 0
     row = code.width * low // 8
     for size in (16, 8, 4):
@@ -138,29 +137,65 @@ def multiply(
     if terms.values is not None and terms.columns is not None and terms.starts is not None:
         args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
         args.sparse_starts = terms.starts.data_ptr()
-    tiles = 1 if n <= 8 else 2
-    own = library.pliant_depth()
-    depth = 1 if tiles == 2 else own if vec < 16 else shape.depth or own
-    args.row_tiles = shape.row_tiles
-    _choose_slab(args, code, vec, tiles, depth, shape, library)
+    loads = _loads(code, vec, n, shape)
+    tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
+    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(loads, tiles)))
+    depth = _fit(args, code, vec, loads, shape, library)
     status = library.pliant_decode(
-        ctypes.byref(args), vec, tiles, depth,
-        shape.resident if vec == 16 and tiles == 1 else 1,
-        shape.warps, int(shape.overlap), ctypes.c_void_p(stream),
+        ctypes.byref(args), vec, loads, depth, tiles, shape.warps, int(shape.overlap),
+        ctypes.c_void_p(stream),
     )  # fmt: skip
     if status:
         raise PliantError(f"the decode kernel did not start (error {status})")
     return y
 
 
+def expand(
+    code: GroupInt | GroupLevels,
+    half: bool,
+    library: Any,
+    stream: int,
+    rows: slice = slice(None),  # of step 1
+) -> Tensor:
+    """Those rows of the matrix, [rows, in], fp16 (half) or bf16. `vector_bytes` at least 8.
+
+    library: `build.library` of the code's form and of that dtype.
+    """
+    first, last, _ = rows.indices(code.shape[0])
+    dtype = torch.float16 if half else torch.bfloat16
+    matrix = torch.empty(max(last - first, 0), code.width, dtype=dtype, device=code.device)
+    if matrix.numel():
+        args = _Args.from_buffer_copy(_stored(code))
+        args.y = matrix.data_ptr()
+        status = library.pliant_expand(ctypes.byref(args), first, last, ctypes.c_void_p(stream))
+        if status:
+            raise PliantError(f"the decoding kernel did not start (error {status})")
+    return matrix
+
+
 def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
-    """How to cut the product with `n` rows of x: with many, blocks share x among more rows of W."""
-    low = PLANES[code.bit_width][-1]
-    chunks = code.width * low // 8 // (4 * max(vector_bytes(code), 4))
-    warps, tiles = (8, 1) if n == 1 else (16, 2) if n <= 8 else (16, 4)
-    # As many loads in flight as leave work for every warp.
-    depth = next((d for d in _DEPTHS[code.bit_width] if warps // tiles * d <= chunks), 1)
-    return Shape(warps, tiles, depth)
+    """How to cut the product with `n` rows of x: about one block a multiprocessor.
+
+    x is then made digits once a multiprocessor, and the next launch's block fits beside this one's.
+    """
+    tiles = -(-code.shape[0] // 16)
+    return Shape(8, max(1, min(-(-tiles // _multiprocessors(code.device)), 12)))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that a block may take."""
+    if device.type != "cuda":
+        return _SHARED
+    about = torch.cuda.get_device_properties(device)
+    return int(getattr(about, "shared_memory_per_block_optin", 99 << 10))
 
 
 def project(x: Tensor, b: Tensor, library: Any, stream: int, overlap: bool = True) -> Tensor:
@@ -179,26 +214,58 @@ def project(x: Tensor, b: Tensor, library: Any, stream: int, overlap: bool = Tru
     return middle
 
 
-def _choose_slab(
-    args: _Args, code: GroupInt | GroupLevels, vec: int, tiles: int, depth: int, shape: Shape,
-    library: Any,
-) -> None:  # fmt: skip
-    """How much of x is in shared memory at once: all, or a multiple of what a turn takes."""
+def _chunks(code: GroupInt | GroupLevels, vec: int, loads: int) -> int:
+    """Of a row: what the four lanes of a quad load at once from the narrowest plane."""
+    return code.width * PLANES[code.bit_width][-1] // 8 // (4 * vec * loads)
+
+
+def _loads(code: GroupInt | GroupLevels, vec: int, n: int, shape: Shape) -> int:
+    """Of a lane in a chunk: two where both lie in one group.
+
+    Three segments of 16 bytes fill the ring with few chunks, which split less evenly: one there.
+    """
     low = PLANES[code.bit_width][-1]
-    chunks = code.width * low // 8 // (4 * vec)
-    turn = shape.warps // shape.row_tiles * depth
-    args.slab = chunks
-    for limit in (_SHARED_AIM, _SHARED):
-        args.slab = chunks
-        while library.pliant_shared(ctypes.byref(args), vec, tiles, shape.warps) > limit:
-            smaller = (args.slab - 1) // turn * turn
-            if smaller > 2 * turn and args.slab == chunks:
-                smaller = min(smaller, -(-chunks // 2 // turn) * turn)
-            if not smaller:
-                break
-            args.slab = smaller
-        else:
-            return
+    unit, segments = 8 * vec, code.bit_width // low
+    whole = code.groups == 1 or code.group_size % unit == 0
+    if vec < 16 or not whole or code.width * low // 8 % unit:
+        return 1
+    if segments == 1:
+        return shape.loads or 2
+    return (shape.loads or 1) if segments == 3 and n == 1 else 1
+
+
+def _fit(
+    args: _Args, code: GroupInt | GroupLevels, vec: int, loads: int, shape: Shape, library: Any
+) -> int:
+    """The ring's depth; and in args, how much of x is in shared memory at once: all, if it fits."""
+    chunks = _chunks(code, vec, loads)
+    segments = code.bit_width // PLANES[code.bit_width][-1]
+    depths = [4, 2] if vec == 16 and segments <= 3 else [4] if vec < 16 else [2]
+    if loads == 2 and segments > 1:
+        depths = [2]
+    if shape.depth in depths:
+        depths = [shape.depth]
+    args.slab = min(shape.slab or chunks, chunks)
+    args.row_tiles = shape.row_tiles
+
+    def fits(depth: int, limit: int) -> bool:
+        size = library.pliant_shared(ctypes.byref(args), vec, loads, depth, shape.warps)
+        return int(size) <= limit
+
+    most = _shared(code.device)
+    for limit in (min(_SHARED_AIM, most), most):
+        for depth in depths:
+            if fits(depth, limit):
+                return depth
+    depth = depths[-1]
+    least = -(-args.slab // 4)
+    while not fits(depth, most) and args.slab > least:
+        args.slab = max(-(-args.slab // 2), least)
+    while not fits(depth, most) and args.row_tiles > 1:
+        args.row_tiles = -(-args.row_tiles // 2)
+    while not fits(depth, most) and args.slab > 1:
+        args.slab = -(-args.slab // 2)
+    return depth
 
 
 _STORED: WeakKeyDictionary[Code, _Args] = WeakKeyDictionary()
@@ -223,15 +290,12 @@ def _stored(code: GroupInt | GroupLevels) -> _Args:
     args.groups, args.group_size = code.groups, code.group_size
     size = code.group_size
     args.group_shift = size.bit_length() - 1 if size & (size - 1) == 0 else -1
-    args.copies = 1
     if isinstance(code, GroupInt):
         _point(args.zero_planes, code.zeros or ())
     else:
         _point(args.zero_planes, code.selector or ())
         args.tables, args.table_count = code.tables.data_ptr(), len(code.tables)
         args.selector_bits = (len(code.tables) - 1).bit_length()
-        size = len(code.tables) * 4 << 2 * code.bit_width
-        args.copies = next((c for c in (32, 16, 8, 4, 2) if c * size <= _TABLES), 1)
     _STORED[code] = args
     return args
 
