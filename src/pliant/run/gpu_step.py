@@ -45,7 +45,7 @@ class GraphStep:
         self._stale = False
         self._parts = Description(model, self.device, _FLOATS)
         self._changes = CodedWeight.changes
-        self._early = kernels.overlaps(self.device) if early is None else early
+        self.early = kernels.overlaps(self.device) if early is None else early
         self._tile = tile
         self._failed = False
         self._storage: list[tuple[Tensor, Tensor]] = []
@@ -105,6 +105,11 @@ class GraphStep:
             layer.length += count
         return found
 
+    @property
+    def captured(self) -> bool:
+        """Whether tokens run as a graph, since the first one of a cache."""
+        return self._graph is not None
+
     def outdated(self) -> bool:
         """Whether a code was replaced since, or `run` found another change: make a new step."""
         if self._changes != CodedWeight.changes:
@@ -163,14 +168,14 @@ class GraphStep:
         if self._graph is not None:
             self._graph.replay()
         else:
-            self._run_token(self._early)
+            self._run_token(self.early)
 
     def _capture(self) -> None:
         """A graph of the step: without overlap if that fails, and none, for good, if that does."""
         aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        for early in dict.fromkeys((self._early, False)):
+        for early in dict.fromkeys((self.early, False)):
             try:
-                self._graph, self._early = self._captured(early, aside), early
+                self._graph, self.early = self._captured(early, aside), early
                 return
             except Exception as error:  # of CUDA, Triton or a kernel that chooses by values
                 torch.cuda.synchronize(self.device)

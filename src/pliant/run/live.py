@@ -75,7 +75,8 @@ class RunningModel(LiveModel):
             self._graph, self._graph_of = None, made_of
             with suppress(Unsuited):
                 self._graph = GraphStep(self)
-        return self._graph
+        made: GraphStep | None = self._graph
+        return made
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, fit for its size.
