@@ -210,8 +210,9 @@ def copy_speed(nbytes: int) -> float:
 
 @torch.inference_mode()
 def time_ours(
-    config: Any, bits: int, prompt: int, new: int, copy: float, early: bool | None = None
+    config: Any, bits: int, prompt: int, new: int, copy: float, variants: bool = False
 ) -> dict[str, Any]:
+    """variants: also how long a token takes without overlap of kernels, and in other tiles."""
     model = random_coded(config, bits)
     ids = torch.randint(0, config.vocab_size, (1, prompt), device=DEVICE)
     cache = DenseCache(config, prompt + new)
@@ -222,10 +223,10 @@ def time_ours(
 
     prefill()
     prefill_s = seconds(prefill)
-    step = GraphStep(model, early)
+    step = GraphStep(model)
     first = seconds(lambda: step.greedy(1, cache, 2))
     assert step.captured or DEVICE == "cpu", "there is no CUDA graph"
-    free, read = [], []
+    free, read = list[float](), list[float]()
     logits = torch.empty(config.vocab_size, device=DEVICE)
 
     def by_host() -> None:
@@ -239,6 +240,16 @@ def time_ours(
         times.append(seconds(work))
         assert cache.length == prompt + new
     took = statistics.median(free) / new
+    others = {}
+    for name, made in {
+        "no overlap": {"early": False}, "tile 32": {"tile": 32}, "tile 128": {"tile": 128},
+    }.items() if variants else ():  # fmt: skip
+        other = GraphStep(model, **made)
+        times = []
+        for _ in range(3):
+            cache.crop(prompt - cache.length)
+            times.append(seconds(lambda step=other: step.greedy(1, cache, new)))
+        others[name] = min(times[1:]) / new * 1e3
     products = products_seconds(model)
     coded = sum(w.nbytes for w, _ in model.coded_weights.values())
     held = coded - model.get_input_embeddings().weight.nbytes
@@ -256,6 +267,7 @@ def time_ours(
         "prefill_ms": prefill_s * 1e3,
         "first_call_ms": first * 1e3,
         "overlap": step.early,
+        **({"ms_otherwise": others} if others else {}),
     }
 
 
@@ -382,10 +394,7 @@ def main() -> None:
             run("check", f"check {family} {bits} bits", lambda k=kind, b=bits: check(k(**SMALL), b))
     for bits in widths:
         run("ours", f"{bits} bits, groups of 128",
-            lambda b=bits: time_ours(config, b, prompt, new, copy))  # fmt: skip
-    if DEVICE == "cuda":
-        run("ours", f"{widths[0]} bits, no overlap of kernels",
-            lambda: time_ours(config, widths[0], prompt, new, copy, False))  # fmt: skip
+            lambda b=bits: time_ours(config, b, prompt, new, copy, b == widths[0]))  # fmt: skip
     run("bf16", "bf16 transformers, static cache, compiled",
         lambda: time_compiled(config, random_dense(config), prompt, new, copy))  # fmt: skip
 

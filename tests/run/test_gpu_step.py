@@ -29,6 +29,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 
 
+@pytest.fixture(autouse=True)
+def kernels_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
+
+
 def random_model(config, kinds: str = "int"):
     """A random model held as codes: group integers, or of several kinds."""
     torch.manual_seed(0)
@@ -74,7 +79,9 @@ def worst(
 @pytest.mark.parametrize("name", CONFIGS)
 def test_families(name: str) -> None:
     model = random_model(CONFIGS[name])
-    assert worst(model, GraphStep(model, tile=16).run) < ROUNDING[torch.float32]
+    step = GraphStep(model, tile=16)
+    assert worst(model, step.run) < ROUNDING[torch.float32]
+    assert step.captured == (DEVICE == "cuda")
 
 
 @pytest.mark.parametrize("kinds", ["mixed", "levels"])
@@ -177,3 +184,26 @@ def test_a_running_model_has_one_if_asked(artifact, monkeypatch) -> None:
     assert worst(model, second.run, 2) < ROUNDING[torch.float32]
     with rounded_activations(fake_quantize_activations):
         assert model.graph_step() is None
+
+
+def test_without_a_graph_the_forward_goes_on(monkeypatch, caplog) -> None:
+    """Overlap is given up first, then the graph; each is said once."""
+    model = random_model(CONFIGS["llama"])
+    step, tried = GraphStep(model, early=True), []
+
+    def captured(early: bool, aside: object) -> None:
+        tried.append(early)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(step, "_captured", captured)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    step._capture()
+    assert tried == [True, False]
+    assert len(caplog.records) == 2
+    cache = DenseCache(model.config, 64)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[4, 5]], device=DEVICE), past_key_values=cache)
+    assert not step.run(5, cache, torch.empty(97, device=DEVICE))
+    assert cache.length == 2
+    assert len(caplog.records) == 2

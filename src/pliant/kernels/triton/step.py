@@ -3,8 +3,10 @@
 Few launches, and all of them fit for a CUDA graph: the token and its position are read from
 tensors, nothing depends on a value that the host would have to know. Sums are float32.
 
-early: with programmatic dependent launch each kernel starts while the one before it ends, and lets
-the next one start (compute capability 9.0 and above). Every one waits for the one before first.
+early: with programmatic dependent launch (compute capability 9.0 and above) each kernel lets the
+next one start at once, and waits until the one before it is over. So a product's weights are on
+their way while these kernels run. Before the wait a kernel reads only what no kernel of the same
+token writes.
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ _PROGRAMS = 264  # of attention: two on each multiprocessor of a large GPU
 @triton.jit  # type: ignore[untyped-decorator]
 def _begin(EARLY: tl.constexpr):  # type: ignore[no-untyped-def]
     if EARLY:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -122,6 +124,20 @@ def _rotated(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _stored_tile(  # type: ignore[no-untyped-def]
+    keys, values, start, tile, at, D,
+    DIM: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [TILE, DIM] of a head's tile as they are stored, 0 from token `at` on."""
+    n, d = tile * TILE + tl.arange(0, TILE), tl.arange(0, DIM)
+    held = (n < at)[:, None] & (d < D)[None, :]
+    place = start + n.to(tl.int64)[:, None] * D + d[None, :]
+    return tl.load(keys + place, mask=held, other=0.0), tl.load(
+        values + place, mask=held, other=0.0
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     q, k, v, q_bias, k_bias, v_bias, q_norm, k_norm, cosines, sines, position,
     keys, values, sums, peaks, totals,
@@ -132,12 +148,14 @@ def _attend(  # type: ignore[no-untyped-def]
     """One part of the tokens, for all query heads that share a key head.
 
     Tiles of tokens go round among the parts, so that a short sequence is shared out too and what
-    lies beyond it costs nothing.
+    lies beyond it costs nothing. Each is fetched while the one before it is worked on.
     """
-    _begin(EARLY)
     kv, part = tl.program_id(0), tl.program_id(1)
     at = tl.load(position).to(tl.int32)  # of the new token, whose key and value are still to store
     tiles = at // TILE + 1
+    start = kv.to(tl.int64) * capacity * D
+    key, value = _stored_tile(keys, values, start, part, at, D, DIM, TILE)
+    _begin(EARLY)
     if part >= tiles:
         return
     member = tl.arange(0, HEADS)
@@ -154,7 +172,6 @@ def _attend(  # type: ignore[no-untyped-def]
     new_value = _states(
         v, v_bias, own[:, None], d[None, :], (d < D)[None, :], D, BIAS
     ).to(values.dtype.element_ty)  # fmt: skip
-    start = kv.to(tl.int64) * capacity * D
     if at // TILE % parts == part:
         place = start + at.to(tl.int64) * D + d[None, :]
         tl.store(keys + place, new_key, mask=(d < D)[None, :])
@@ -164,21 +181,19 @@ def _attend(  # type: ignore[no-untyped-def]
     mixed = tl.zeros((HEADS, DIM), tl.float32)
     for tile in range(part, tiles, parts):
         n = tile * TILE + tl.arange(0, TILE)
-        stored = (n < at)[:, None] & (d < D)[None, :]
-        place = start + n.to(tl.int64)[:, None] * D + d[None, :]
         newest = (n == at)[:, None]
-        key = tl.where(newest, new_key, tl.load(keys + place, mask=stored, other=0.0))
-        value = tl.where(newest, new_value, tl.load(values + place, mask=stored, other=0.0))
+        k_tile, v_tile = tl.where(newest, new_key, key), tl.where(newest, new_value, value)
+        key, value = _stored_tile(keys, values, start, tile + parts, at, D, DIM, TILE)
         if PRECISE:
-            key, value = key.to(tl.float32), value.to(tl.float32)
-        scores = tl.dot(query.to(key.dtype), tl.trans(key), input_precision="ieee") * scale
+            k_tile, v_tile = k_tile.to(tl.float32), v_tile.to(tl.float32)
+        scores = tl.dot(query.to(k_tile.dtype), tl.trans(k_tile), input_precision="ieee") * scale
         scores = tl.where((n <= at)[None, :], scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
         weights = tl.exp(scores - higher[:, None])
         fade = tl.exp(peak - higher)
         total = total * fade + tl.sum(weights, axis=1)
         mixed = mixed * fade[:, None]
-        mixed += tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+        mixed += tl.dot(weights.to(v_tile.dtype), v_tile, input_precision="ieee")
         peak = higher
     slot = part * heads + head
     tl.store(peaks + slot, peak, mask=member < shared)
@@ -326,7 +341,7 @@ def attend(
             shape.heads, shared, shape.capacity, shape.parts, shape.head_dim, shape.epsilon,
             shape.scale, HEADS=max(triton.next_power_of_2(shared), 16), DIM=dim, TILE=shape.tile,
             BIAS=biases is not None, NORM=norms is not None, PRECISE=precise, EARLY=early,
-            num_warps=4, **_launch(early),
+            num_warps=8 if precise else 4, **_launch(early),
         )  # fmt: skip
         _combine[(shape.heads,)](
             shape.sums, shape.peaks, shape.totals, position, x, shape.heads, shape.parts,
