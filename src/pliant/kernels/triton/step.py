@@ -341,7 +341,7 @@ def attend(
             shape.heads, shared, shape.capacity, shape.parts, shape.head_dim, shape.epsilon,
             shape.scale, HEADS=max(triton.next_power_of_2(shared), 16), DIM=dim, TILE=shape.tile,
             BIAS=biases is not None, NORM=norms is not None, PRECISE=precise, EARLY=early,
-            num_warps=8 if precise else 4, **_launch(early),
+            num_warps=8 if precise or dim > 128 else 4, **_launch(early),
         )  # fmt: skip
         _combine[(shape.heads,)](
             shape.sums, shape.peaks, shape.totals, position, x, shape.heads, shape.parts,
