@@ -4,8 +4,8 @@
                              [--bits 2.3,3,4,5] [--device cuda] [--work DIR]
 
 The rungs of effort best are built once, without training (WORK/rough), and its climb stays what it
-is for all variants: each trains from the same start and is opened at the same sizes. TEST is the raw
-test split of WikiText-2. FILE is a list of {"name": .., options of a recipe's `tune`}; one with
+is for all variants: each trains from the same start and is opened at the same sizes. TEST is the
+raw test split of WikiText-2. FILE is a list of {"name": .., options of a recipe's `tune`}; one with
 "bits": [3, 3] trains for that size alone. Damage is measured on 24 windows of WikiText, on 24
 sequences of the text that was trained on, and on 24 that the model wrote from another seed: what a
 variant gains on the second alone it has learned by heart. A variant that is in WORK/training.json

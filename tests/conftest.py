@@ -14,6 +14,8 @@ import torch
 if not torch.cuda.is_available():  # kernels run in Triton's interpreter, if Triton is there
     os.environ["TRITON_INTERPRET"] = "1"
 
+from .timings import machine  # noqa: F401  (a fixture; it imports Triton)
+
 TEXT = """
 The harbour of the old town wakes before the sun does. Boats that went out at midnight come back
 one after the other, low in the water, and the gulls know it well ahead of the people. By five

@@ -20,6 +20,7 @@ from .tiny import CONTEXT, memory
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch, request):
     if "real" not in request.keywords:
+        request.getfixturevalue("machine")
         monkeypatch.setenv("PLIANT_CACHE", str(tmp_path / "cache"))
 
 
@@ -31,7 +32,7 @@ import pliant.fit.recipe, pliant.measure, pliant.plan.table
 from pliant.fit import FitResult
 from pliant import fit, plan
 import inspect
-for name in ("fit", "load", "measure", "plan", "inspect"):
+for name in ("bench", "fit", "load", "measure", "plan", "inspect"):
     assert inspect.isfunction(getattr(pliant, name)) and name in dir(pliant), name
 assert fit is pliant.fit and sys.modules["pliant.fit"].FitResult is FitResult
 """
@@ -120,6 +121,18 @@ def test_plan_takes_sizes_as_text(tiny_model):
         pliant.plan(tiny_model, "six")
 
 
+def test_plan_predicts_speed_unless_told_not_to(tiny_model, machine):
+    rows = pliant.plan(tiny_model, "6MiB", context=32).rows
+    speeds = [row.tokens_per_second for row in rows]
+    assert speeds == sorted(speeds)
+    assert all(row.tokens_per_second != row.ceiling for row in rows)
+    machine.timed.clear()
+    table = pliant.plan(tiny_model, "6MiB", context=32, timed=False)
+    assert not table.predicted
+    assert all(row.tokens_per_second == row.ceiling for row in table.rows)
+    assert not machine.timed
+
+
 def test_inspect_says_what_is_open(tiny_artifact):
     found = pliant.inspect(tiny_artifact, verify=True)
     sizes = {t: own[0]["nbytes"] for t, own in found["rungs"].items()}
@@ -129,11 +142,30 @@ def test_inspect_says_what_is_open(tiny_artifact):
     damage = [point["damage"] for point in found["climb"]]
     assert damage == sorted(damage, reverse=True)
     assert damage[-1] <= found["damage"] <= damage[0]
+    speeds = [point["tokens_per_second"] for point in found["climb"]]
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[-1] <= found["tokens_per_second"] <= speeds[0]
+    untimed = pliant.inspect(tiny_artifact, timed=False)
+    assert {point["tokens_per_second"] for point in untimed["climb"]} == {None}
     low = pliant.inspect(tiny_artifact, weights=found["smallest_bytes"])
     assert {cell["rung"] for cell in low["allocation"]} == {0}
     assert low["damage"] == damage[0]
     with pytest.raises(BudgetError, match=str(found["smallest_bytes"])):
         pliant.inspect(tiny_artifact, weights=found["smallest_bytes"] - 1)
+
+
+def test_bench_takes_one_size_or_several(tiny_artifact):
+    found = pliant.inspect(tiny_artifact)
+    low, high = found["smallest_bytes"], found["largest_bytes"]
+    one = pliant.bench(tiny_artifact, weights=low, device="cpu", quick=True)
+    (row,) = one["rows"]
+    assert row["weight_bytes"] == low
+    assert row["predicted_tps"] == pytest.approx(found["climb"][0]["tokens_per_second"], rel=0.02)
+    assert row["decode_tps"] > 0
+    two = pliant.bench(tiny_artifact, weights=[str(high), low], device="cpu", quick=True)
+    assert [row["weight_bytes"] for row in two["rows"]] == [low, high]
+    with pytest.raises(PliantError, match="give its directory"):
+        pliant.bench(memory="1MiB")
 
 
 def test_the_smallest_budget_is_named_and_works(tiny_model, tiny_recipe, tmp_path):

@@ -12,6 +12,8 @@ import pytest
 
 import pliant
 import pliant.api
+from pliant.bench import kernels
+from pliant.bench.samples import COMMON
 from pliant.cli import console, main
 from pliant.plan import Bandwidth, table
 
@@ -21,6 +23,7 @@ from .tiny import CONTEXT, bytes_of, memory
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch, request):
     if "real" not in request.keywords:
+        request.getfixturevalue("machine")
         monkeypatch.setenv("PLIANT_CACHE", str(tmp_path / "cache"))
 
 
@@ -196,6 +199,72 @@ def test_plan(tiny_model, call, ask, monkeypatch):
     assert "free on this machine" in out
 
 
+def test_plan_tells_a_prediction_from_a_ceiling(tiny_model, call, ask, machine, monkeypatch):
+    monkeypatch.setattr(table, "bandwidth", lambda: Bandwidth("test", 1e9))
+    rows = ask("plan", tiny_model)["rows"]
+    assert all(row["tokens_per_second"] != row["ceiling"] for row in rows)
+    _, out, err = call("plan", tiny_model)
+    assert "predicted from products" in out
+    assert "timing products" in err
+    machine.timed.clear()
+    _, out, err = call("plan", tiny_model, "--no-speed")
+    assert "the ceiling that" in out
+    assert (err, machine.timed) == ("", [])
+
+
+def test_inspect_predicts_speed_unless_told_not_to(tiny_artifact, call, ask, machine):
+    found = ask("inspect", tiny_artifact)
+    status, out, _ = call("inspect", tiny_artifact)
+    assert status == 0
+    assert f"{found['tokens_per_second']:,.1f} tokens/s" in out
+    assert f"{found['climb'][0]['tokens_per_second']:,.1f}" in out
+    machine.timed.clear()
+    status, out, _ = call("inspect", tiny_artifact, "--no-speed")
+    assert status == 0
+    assert "tokens/s" not in out
+    assert not machine.timed
+
+
+def test_bench_of_an_artifact(tiny_artifact, call, ask):
+    seen = ask("inspect", tiny_artifact)
+    sizes = ["--weights", seen["smallest_bytes"], "--weights", seen["largest_bytes"]]
+    line = ["bench", tiny_artifact, *sizes, "--quick", "--device", "cpu"]
+    found = ask(*line)
+    assert [row["weight_bytes"] for row in found["rows"]] == [sizes[1], sizes[3]]
+    for row in found["rows"]:
+        assert row["share"] == row["bytes_per_second"] / found["read_bytes_per_second"]
+        assert row["bytes_per_second"] == row["token_bytes"] * row["decode_tps"]
+    status, out, err = call(*line)
+    assert status == 0
+    assert "predicted" in out
+    assert f"{found['rows'][1]['predicted_tps']:,.1f}" in out
+    assert "sizes: 2 of 2" in err
+
+
+def test_bench_of_products(call, ask, monkeypatch):
+    monkeypatch.setattr(kernels, "SHAPES", ((64, 128),))
+    monkeypatch.setattr(kernels, "QUICK_SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "beyond_cache", lambda device: 1)
+    found = ask("bench", "--quick", "--device", "cpu")
+    assert len(found["rows"]) == 2 * len(COMMON)
+    for row in found["rows"]:
+        assert row["bytes_per_second"] == row["nbytes"] / row["seconds"]
+        assert row["share"] == row["bytes_per_second"] / found["read_bytes_per_second"]
+    status, out, _ = call("bench", "--quick", "--device", "cpu")
+    assert status == 0
+    for name in COMMON:
+        assert name in out
+    assert "GB/s" in out
+
+
+def test_mistakes_of_bench(tiny_artifact, tmp_path, fails):
+    assert "give its directory" in fails(1, "bench", "--memory", "1MiB")
+    assert "no directory" in fails(1, "bench", tmp_path / "absent")
+    assert "not a size" in fails(5, "bench", tiny_artifact, "--memory", "much")
+    assert "smallest" in fails(5, "bench", tiny_artifact, "--memory", "1KiB")
+    assert "cannot be used" in fails(1, "bench", "--device", "abacus")
+
+
 def test_measure(tiny_artifact, tiny_model, text_file, call, ask):
     line = ["measure", tiny_artifact, "--against", tiny_model, "--text", text_file,
             "--window", 64, "--limit", 3, "--score", "all"]  # fmt: skip
@@ -217,15 +286,23 @@ def test_report(tiny_artifact, tiny_model, text_file, call, ask, tmp_path):
     measured.write_text(json.dumps(ask(*line, "--window", 64, "--limit", 2, "--no-speed")))
     found = ask("report", tiny_artifact, "-o", out, "--measured", measured)
     assert len(found["measured"]) == 1
+    data = json.loads((out / "report.json").read_text())
+    assert data["facts"]["Decode"].endswith("tokens/s (predicted)")
+    assert data["columns"][-1] == "tokens/s, predicted"
+    assert all(float(row[-1].replace(",", "")) > 0 for row in data["rows"])
     assert (out / "report.html").stat().st_size > 1_000_000
     assert json.loads((out / "measured.json").read_text()) == found["measured"]
     copy = tmp_path / "copy"
     shutil.copytree(tiny_artifact, copy)
     long = tmp_path / "long.txt"
     long.write_text(text_file.read_text() * 2)
-    status, said, err = call("report", copy, "--against", tiny_model, "--text", long, "--limit", 2)
+    line = ["report", copy, "--against", tiny_model, "--text", long, "--limit", 2, "--no-speed"]
+    status, said, err = call(*line)
     assert status == 0, err
     assert said.strip() == str(tmp_path / "copy-report" / "report.html")
+    data = json.loads((tmp_path / "copy-report" / "report.json").read_text())
+    assert "Decode" not in data["facts"]
+    assert len(data["columns"]) == len(data["rows"][0]) == 7
     points = json.loads((tmp_path / "copy-report" / "measured.json").read_text())
     assert len(points) == 5
     assert points[0]["kl"] > points[-1]["kl"]

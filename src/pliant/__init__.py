@@ -6,6 +6,7 @@
     pliant.measure("out", "smollm2", "text.txt")     what it cost
     pliant.plan("smollm2", "128MiB")                 what would fit, from the configuration alone
     pliant.inspect("out")                            rungs, climb, allocation
+    pliant.bench("out", ["100MiB", "160MiB"])        its speed here, beside the memory's
 
 Every function is explained in `pliant.api`. Importing pliant imports no torch.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pliant.errors import PliantError
 
 if TYPE_CHECKING:
+    from pliant.api import bench as bench
     from pliant.api import fit as fit
     from pliant.api import inspect as inspect
     from pliant.api import load as load
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from pliant.api import plan as plan
 
 __version__ = "0.1.0"
-__all__ = ["PliantError", "__version__", "fit", "inspect", "load", "measure", "plan"]
+__all__ = ["PliantError", "__version__", "bench", "fit", "inspect", "load", "measure", "plan"]
 
 
 def _function(name: str) -> property:
@@ -40,6 +42,7 @@ def _function(name: str) -> property:
 
 
 class _Package(ModuleType):
+    bench = _function("bench")  # type: ignore[assignment]
     fit = _function("fit")  # type: ignore[assignment]
     inspect = _function("inspect")  # type: ignore[assignment]
     load = _function("load")  # type: ignore[assignment]

@@ -1,7 +1,8 @@
-"""The Python API: what `pliant.fit`, `load`, `measure`, `plan` and `inspect` are."""
+"""The Python API: what `pliant.fit`, `load`, `measure`, `plan`, `inspect` and `bench` are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,9 +10,18 @@ import psutil
 import torch
 from torch import Tensor
 
+from pliant.bench import (
+    bench_artifact,
+    bench_kernels,
+    costs_of_artifact,
+    costs_of_config,
+    predicted_speed,
+    products_of_config,
+)
 from pliant.budget import parse_size
 from pliant.errors import PliantError
 from pliant.fit import FitResult, fit
+from pliant.fit.device import find_device
 from pliant.ladder import Artifact
 from pliant.ladder.document import FILE_NAME
 from pliant.ladder.live import Plan, plan_opening
@@ -19,25 +29,72 @@ from pliant.measure import WINDOW, load_text, split, windows
 from pliant.measure import measure as compare
 from pliant.measure.damage import Progress, Score
 from pliant.model import Checkpoint, StreamedModel, open_checkpoint
-from pliant.plan import PlanTable
+from pliant.plan import PlanTable, load_config
 from pliant.plan import plan as plan_table
 from pliant.run import load
 
-__all__ = ["FitResult", "fit", "inspect", "load", "measure", "plan"]
+__all__ = ["FitResult", "bench", "fit", "inspect", "load", "measure", "plan"]
 
 CLIMB_POINTS = 12
+WIDTHS = {16: "bf16", **{bits: f"int{bits}" for bits in (8, 6, 5, 4, 3, 2)}}  # of a plan's rows
 
 
 def plan(
-    source: Any, memory: int | str | None = None, *, context: int = 2048, batch: int = 1
+    source: Any,
+    memory: int | str | None = None,
+    *,
+    context: int = 2048,
+    batch: int = 1,
+    timed: bool = True,
+    progress: Progress | None = None,
 ) -> PlanTable:
     """What fits where: bytes, longest context and decode speed of `source` at each bit width.
 
     source: a configuration, a directory, a hub id, a .gguf file or "smollm2"; no weight is read.
-    memory: bytes or text ("128MiB"); without it, what this machine has free.
+    memory: bytes or text ("128MiB"); without it, what this machine has free. timed: predict the
+    speed from products of these widths and shapes, which are timed the first time that they are
+    asked for, and kept; without, only the ceiling that the memory's bandwidth sets is told.
     """
     bound = None if memory is None else parse_size(memory)
-    return plan_table(source, bound, context=context, batch=batch)
+    if not timed:
+        return plan_table(source, bound, context=context, batch=batch)
+    config = load_config(source)
+    device = find_device("auto")
+    costs = costs_of_config(config, WIDTHS.values(), device, batch=batch, progress=progress)
+
+    def seconds(bits: int, position: int) -> float | None:
+        return costs.seconds(products_of_config(config, WIDTHS[bits]), position) if costs else None
+
+    return plan_table(source, bound, context=context, batch=batch, config=config, seconds=seconds)
+
+
+def bench(
+    directory: str | Path | None = None,
+    memory: int | str | Sequence[int | str] = (),
+    weights: int | str | Sequence[int | str] = (),
+    *,
+    device: str = "auto",
+    quick: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Speed on this machine beside the speed of its memory, JSON-able.
+
+    Without `directory`, products of the common codes at a few shapes and batches. With one, the
+    decode and prefill tokens a second of an artifact at each total in `memory` and each number of
+    bytes of `weights`, measured and predicted; without sizes, at the smallest, a middle and the
+    largest. device: "auto" is a GPU when there is one. quick: less of everything. progress: told
+    (stage, done, of).
+    """
+    place = find_device(device)
+    if directory is None:
+        if memory or weights:
+            raise PliantError("memory and weights are sizes of an artifact; give its directory")
+        return bench_kernels(
+            place, quick=quick, progress=progress and (lambda d, of: progress("products", d, of))
+        )
+    return bench_artifact(
+        directory, _several(memory), _several(weights), place, quick=quick, progress=progress
+    )
 
 
 def measure(
@@ -89,12 +146,19 @@ def inspect(
     weights: int | str | None = None,
     *,
     verify: bool = False,
+    timed: bool = True,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Rungs, climb and allocation of an artifact at a size, JSON-able. verify: read every byte."""
+    """Rungs, climb and allocation of an artifact at a size, JSON-able.
+
+    verify: read every byte. timed: predict tokens a second, half of the context filled; products of
+    kinds and shapes that this machine has not timed before are timed first (progress: done, of).
+    """
     artifact = Artifact.open(directory)
     if verify:
         artifact.verify()
     ladder, opening = artifact.ladder, plan_opening(artifact, memory, weights)
+    speed = decode_speed(artifact, opening, progress) if timed else None
     rungs = {
         target: [
             {"rung": r.index, "method": r.method, "options": r.options, "nbytes": r.nbytes,
@@ -118,11 +182,30 @@ def inspect(
         "original_bytes": artifact.provenance.get("original_bytes"),
         "fixed_bytes": ladder.fixed_bytes,
         "steps": len(ladder.climb),
-        "climb": climb_summary(artifact),
+        "tokens_per_second": speed(opening.allocation) if speed else None,
+        "climb": [
+            point
+            | {
+                "tokens_per_second": speed(ladder.allocation(point["weight_bytes"]))
+                if speed
+                else None
+            }
+            for point in climb_summary(artifact)
+        ],
         "allocation": allocation(artifact, opening),
         "rungs": rungs,
         "provenance": artifact.provenance,
     }
+
+
+def decode_speed(
+    artifact: Artifact, opening: Plan, progress: Progress | None = None
+) -> Callable[[Mapping[str, int]], float | None]:
+    """Predicts tokens a second of an allocation, at an opening's batch and half of its context."""
+    costs = costs_of_artifact(artifact, batch=opening.batch, progress=progress)
+    return lambda allocation: predicted_speed(
+        artifact, allocation, costs, opening.context // 2, opening.batch
+    )
 
 
 def allocation(artifact: Artifact, opening: Plan) -> list[dict[str, Any]]:
@@ -205,6 +288,10 @@ def _windows(text: str | Path, tokenizer: Any, window: int, limit: int | None, p
     if part != "all":
         text = split(text, part)  # type: ignore[arg-type]
     return windows(text, tokenizer, window, limit)
+
+
+def _several(sizes: int | str | Sequence[int | str]) -> Sequence[int | str]:
+    return [sizes] if isinstance(sizes, (int, str)) else sizes
 
 
 def _names_file(text: str) -> bool:

@@ -59,6 +59,11 @@ def test_clipping_trades_the_peak_for_the_rest() -> None:
     assert float((clipped - x).square().mean()) < float((plain - x).square().mean())
 
 
+@pytest.fixture(autouse=True)
+def nothing_else_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLIANT_NATIVE", "exact")
+
+
 def under(code: Code, x: Tensor) -> Tensor:
     with rounded_activations(int4):
         return matmul(x, code)

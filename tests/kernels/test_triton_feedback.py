@@ -5,24 +5,30 @@ Without a GPU it runs in Triton's interpreter.
 
 from __future__ import annotations
 
+from typing import cast
+
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+from pliant.kernels.rounding import BlockKernels
+from pliant.kernels.triton import feedback as triton_feedback
 from pliant.methods import feedback
 from pliant.methods.grid import fit_grid
 from pliant.methods.levels import fit_levels
 from pliant.methods.quantize import gptq
 
+KERNELS = cast(BlockKernels, triton_feedback)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (64, 96, 0), (3, 33, 16)])
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True)])
 def test_integers_are_those_of_the_loop(
-    out: int, width: int, group_size: int, bits: int, symmetric: bool
-) -> None:
+    out: int, width: int, group_size: int, bits: int, symmetric: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     generator = torch.Generator().manual_seed(out)
     weight = torch.randn(out, width, generator=generator).to(DEVICE)
     x = torch.randn(256, width, generator=generator).to(DEVICE)
@@ -32,7 +38,10 @@ def test_integers_are_those_of_the_loop(
     size = group_size or width
     columns = weight.t()[order].contiguous()
     scales, zeros = grid.scales.t().contiguous(), grid.zeros.t().contiguous()
-    launched = gptq._round_on_gpu(columns.clone(), scales, zeros, order // size, factor, grid.top)
+    launched = gptq._round_blocks(
+        KERNELS, columns.clone(), scales, zeros, order // size, factor, grid.top
+    )
+    monkeypatch.setattr(gptq, "block_kernels", lambda device: None)  # torch, column by column
     looped = gptq._round_tile(
         columns.cpu(), _on_cpu(grid), slice(0, out), factor.cpu(), order.cpu()
     )
@@ -60,7 +69,7 @@ def test_levels_are_those_of_the_loop(out: int, width: int, group_size: int, tab
     factor, order = gptq.inverse_factor(x.t() @ x / 256)
     groups = (order // group_size).tolist()
     columns = weight.t()[order].contiguous()
-    launched = feedback._round_on_gpu(columns.clone(), groups, factor, grid, slice(0, out))
+    launched = feedback._round_blocks(KERNELS, columns.clone(), groups, factor, grid, slice(0, out))
     nearest = grid.columns(slice(0, out)).nearest
     looped = feedback.round_columns(columns.clone(), groups, factor, nearest)
     assert (launched == looped).float().mean() > 0.995

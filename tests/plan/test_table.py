@@ -52,7 +52,8 @@ def test_sizes_include_what_groups_of_64_cost():
     cache, activations = kv_cache_bytes(config, 128, 1), activation_bytes(config, 128, 1)
     assert four.total == four.weights + four.embeddings + cache + activations
     read = (four.weights + four.embeddings) * table.parameters.read + cache / 2
-    assert four.tokens_per_second == pytest.approx(1e9 / read)
+    assert four.tokens_per_second == four.ceiling == pytest.approx(1e9 / read)
+    assert not table.predicted
 
 
 def test_smaller_sizes_leave_longer_contexts_and_run_faster():
@@ -62,6 +63,22 @@ def test_smaller_sizes_leave_longer_contexts_and_run_faster():
         assert larger.total > smaller.total
         assert larger.max_context <= smaller.max_context
         assert larger.tokens_per_second < smaller.tokens_per_second
+
+
+def test_speeds_are_predicted_where_something_predicts_them():
+    config = LlamaConfig(**TINY)
+
+    def seconds(bits, position):
+        return bits * position * 1e-6
+
+    table = plan(config, 12 << 20, context=100, batch=3, speed=SPEED, seconds=seconds)
+    assert table.predicted
+    for row in table.rows:
+        assert row.tokens_per_second == pytest.approx(3 / (row.bits * 50e-6))
+        assert row.ceiling > 0
+    some = plan(config, 12 << 20, speed=SPEED, seconds=lambda bits, at: None if bits == 2 else 1.0)
+    assert not some.predicted
+    assert some.rows[-1].tokens_per_second == some.rows[-1].ceiling
 
 
 def test_the_longest_context_fits_and_one_more_token_does_not():

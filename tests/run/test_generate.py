@@ -41,6 +41,7 @@ def test_generate_uses_a_cache_of_the_planned_size(model, monkeypatch):
 
     monkeypatch.setattr(type(model), "forward", watched)
     monkeypatch.setattr(type(model), "step", lambda *args: False)
+    monkeypatch.setattr(type(model), "prompt", lambda *args: None)
     ids = torch.arange(3, 153)[None]
     model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert isinstance(made[0], DenseCache)

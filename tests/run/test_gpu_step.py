@@ -32,6 +32,7 @@ ROUNDING = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 @pytest.fixture(autouse=True)
 def kernels_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
+    monkeypatch.setenv("PLIANT_NATIVE", "exact")  # products on a CPU do not round activations
 
 
 def random_model(config, kinds: str = "int"):

@@ -105,5 +105,13 @@ def budget_table(breakdown: Mapping[str, int], total: int) -> Table:
     return table
 
 
+def table(*titles: str, left: int = 1) -> Table:
+    """An empty table of these columns, the first `left` of them of words."""
+    made = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for place, title in enumerate(titles):
+        made.add_column(title, justify="left" if place < left else "right")
+    return made
+
+
 def nats(damage: float | None) -> str:
     return "unknown" if damage is None else f"{damage:.3g} nats a token"

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from pliant.budget import format_size
-from pliant.cli.console import budget_table, nats, print_json, quiet, stdout
-from pliant.cli.options import Directory, Json, Memory, Weights
+from pliant.cli.console import Stages, budget_table, nats, print_json, quiet, stdout, table
+from pliant.cli.options import Directory, Json, Memory, NoSpeed, Weights
 
 
 def inspect(
@@ -18,13 +18,18 @@ def inspect(
     memory: Memory = None,
     weights: Weights = None,
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and check it.")] = False,
+    no_speed: NoSpeed = False,
     as_json: Json = False,
 ) -> None:
     """Show an artifact's rungs, its climb, and what each layer gets at a size."""
     from pliant.api import inspect as inspect_artifact
 
     quiet()
-    found = inspect_artifact(directory, memory, weights, verify=verify)
+    with Stages() as stages:
+        found = inspect_artifact(
+            directory, memory, weights, verify=verify, timed=not no_speed,
+            progress=lambda done, of: stages("timing products", done, of),
+        )  # fmt: skip
     if as_json:
         print_json(found)
         return
@@ -36,20 +41,13 @@ def inspect(
     )
     console.print(
         f"opens with {format_size(found['weight_bytes'])} of weights, {found['bits']:.2f} bits "
-        f"each, predicted damage {nats(found['damage'])}\n"
+        f"each, predicted damage {nats(found['damage'])}{_pace(found['tokens_per_second'])}\n"
     )
     total = found["memory"] or found["planned_bytes"]
-    for table in (budget_table(found["breakdown"], total), _rungs(found), _climb(found),
+    for part in (budget_table(found["breakdown"], total), _rungs(found), _climb(found),
                   _allocation(found["allocation"])):  # fmt: skip
-        console.print(table)
+        console.print(part)
         console.print()
-
-
-def _table(*titles: str, left: int = 1) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place < left else "right")
-    return table
 
 
 def _rungs(found: dict[str, Any]) -> Table:
@@ -61,10 +59,10 @@ def _rungs(found: dict[str, Any]) -> Table:
     for cell in found["allocation"]:
         counts[_name(cell)][1] += 1
         counts[_name(cell)][2] += cell["nbytes"]
-    table = _table("rung", "stored", "open", "bytes open")
+    rows = table("rung", "stored", "open", "bytes open")
     for name, (stored, used, size) in sorted(counts.items()):
-        table.add_row(name, f"{stored:,}", f"{used:,}", format_size(size))
-    return table
+        rows.add_row(name, f"{stored:,}", f"{used:,}", format_size(size))
+    return rows
 
 
 def _name(rung: dict[str, Any]) -> str:
@@ -73,12 +71,20 @@ def _name(rung: dict[str, Any]) -> str:
 
 
 def _climb(found: dict[str, Any]) -> Table:
-    table = _table("weights", "bits", "predicted damage", left=0)
+    timed = any(point["tokens_per_second"] for point in found["climb"])
+    speed = ["predicted tokens/s"] * timed
+    rows = table("weights", "bits", "predicted damage", *speed, left=0)
     for point in found["climb"]:
-        table.add_row(
-            format_size(point["weight_bytes"]), f"{point['bits']:.2f}", f"{point['damage']:.4g}"
-        )
-    return table
+        pace = point["tokens_per_second"]
+        rows.add_row(
+            format_size(point["weight_bytes"]), f"{point['bits']:.2f}", f"{point['damage']:.4g}",
+            *["" if pace is None else f"{pace:,.1f}"] * timed,
+        )  # fmt: skip
+    return rows
+
+
+def _pace(speed: float | None) -> str:
+    return "" if speed is None else f", {speed:,.1f} tokens/s"
 
 
 def _allocation(cells: list[dict[str, Any]]) -> Table:
@@ -89,14 +95,14 @@ def _allocation(cells: list[dict[str, Any]]) -> Table:
         found[0] += cell["nbytes"]
         found[1] += cell["numbers"]
     inside = list(dict.fromkeys(role for block, role in sums if block is not None))
-    table = _table("layer", *inside)
+    rows = table("layer", *inside)
     outside = {role: sums[block, role] for block, role in sums if block is None}
     for block in sorted({b for b, _ in sums if b is not None}):
         row = [sums.get((block, role)) for role in inside]
-        table.add_row(str(block), *(_bits(pair) for pair in row))
+        rows.add_row(str(block), *(_bits(pair) for pair in row))
     for role, pair in outside.items():
-        table.add_row(role, _bits(pair))
-    return table
+        rows.add_row(role, _bits(pair))
+    return rows
 
 
 def _bits(pair: list[int] | None) -> str:

@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import pliant
+from pliant.cli.bench import bench
 from pliant.cli.chat import chat
 from pliant.cli.fit import fit
 from pliant.cli.inspect import inspect
@@ -46,7 +47,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (fit, run, chat, plan, measure, inspect, methods, report):
+for _verb in (fit, run, chat, plan, measure, inspect, bench, methods, report):
     app.command()(_verb)
 
 

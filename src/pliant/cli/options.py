@@ -26,6 +26,10 @@ Weights = Annotated[
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest sequence. [default: as fitted]")
 ]
+NoSpeed = Annotated[
+    bool,
+    typer.Option("--no-speed", help="Do not predict tokens a second, nor time products for it."),
+]
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run model code that the checkpoint brings.")
 ]

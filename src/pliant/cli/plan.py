@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli.console import print_json, quiet, stdout
-from pliant.cli.options import Json, Model
+from pliant.cli.console import Stages, print_json, quiet, stdout
+from pliant.cli.options import Json, Model, NoSpeed
 
 
 def plan(
@@ -18,6 +18,7 @@ def plan(
     ] = None,
     context: Annotated[int, typer.Option(metavar="TOKENS", help="Longest sequence.")] = 2048,
     batch: Annotated[int, typer.Option(help="Sequences that run at once.")] = 1,
+    no_speed: NoSpeed = False,
     as_json: Json = False,
 ) -> None:
     """Show what of MODEL fits where, without reading a weight."""
@@ -25,7 +26,11 @@ def plan(
     from pliant.plan import render
 
     quiet()
-    table = plan_model(model, memory, context=context, batch=batch)
+    with Stages() as stages:
+        table = plan_model(
+            model, memory, context=context, batch=batch, timed=not no_speed,
+            progress=lambda done, of: stages("timing products", done, of),
+        )  # fmt: skip
     if as_json:
         print_json(table.as_dict())
     else:

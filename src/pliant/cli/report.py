@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,13 +11,15 @@ import typer
 
 from pliant.budget import format_size
 from pliant.cli.console import Stages, print_json, quiet, stdout
-from pliant.cli.options import Directory, Json, Memory, Trust, Weights
+from pliant.cli.options import Directory, Json, Memory, NoSpeed, Trust, Weights
 from pliant.errors import PliantError
 
 if TYPE_CHECKING:
     from pliant.ladder import Artifact
     from pliant.ladder.live import Plan
     from pliant.measure.report import ReportData
+
+    Speed = Callable[[Mapping[str, int]], float | None]
 
 MEASURED_FILE = "measured.json"
 _SIZES = 5
@@ -43,10 +46,12 @@ def report(
     ] = None,
     memory: Memory = None,
     weights: Weights = None,
+    no_speed: NoSpeed = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write one HTML page and pictures: size and damage, allocation, the memory bar, the table."""
+    from pliant.api import decode_speed
     from pliant.ladder import Artifact
     from pliant.ladder.live import plan_opening
     from pliant.measure.report import write_report
@@ -64,7 +69,13 @@ def report(
             points += measure_sizes(
                 artifact, opening, against, text, limit, trust_remote_code, stages
             )
-    data = report_data(artifact, opening, points, title=against)
+    speed = None
+    if not no_speed:
+        with Stages() as stages:
+            speed = decode_speed(
+                artifact, opening, lambda done, of: stages("timing products", done, of)
+            )
+    data = report_data(artifact, opening, points, title=against, speed=speed)
     paths = write_report(data, out)
     if points:
         (out / MEASURED_FILE).write_text(json.dumps(points, indent=1), encoding="utf-8")
@@ -143,9 +154,16 @@ def measure_sizes(
 
 
 def report_data(
-    artifact: Artifact, opening: Plan, points: list[dict[str, Any]], title: str | None = None
+    artifact: Artifact,
+    opening: Plan,
+    points: list[dict[str, Any]],
+    title: str | None = None,
+    speed: Speed | None = None,
 ) -> ReportData:
-    """The artifact as plain data, with the sizes that were measured."""
+    """The artifact as plain data, with the sizes that were measured.
+
+    speed: predicts tokens a second of an allocation.
+    """
     from pliant.api import allocation, bits_of
     from pliant.measure.report import Cell, Measured, ReportData
 
@@ -162,16 +180,23 @@ def report_data(
         original_bytes=int(artifact.provenance.get("original_bytes", 0)),
         allocation=[Cell(c["role"], c["block"], c["bits"], c["numbers"]) for c in cells],
         measured=[Measured(p["bytes"], p["kl"], p["low"], p["high"], p["series"]) for p in points],
-        facts={"Bits a weight": f"{bits_of(artifact, size):.2f}"},
+        facts={"Bits a weight": f"{bits_of(artifact, size):.2f}"} | _decode(speed, opening),
         columns=("weights", "bits", "damage, planned", "damage, measured", "95% interval",
-                 "perplexity", "top-1"),
-        rows=_rows(artifact, points, size),
+                 "perplexity", "top-1", *["tokens/s, predicted"] * (speed is not None)),
+        rows=_rows(artifact, points, size, speed),
         notes="Planned damage is a prediction for the calibration text, which by default the "
         "model wrote itself; on other text it differs.",
     )  # fmt: skip
 
 
-def _rows(artifact: Artifact, points: list[dict[str, Any]], opened: int) -> list[list[Any]]:
+def _decode(speed: Speed | None, opening: Plan) -> dict[str, str]:
+    pace = speed(opening.allocation) if speed else None
+    return {} if pace is None else {"Decode": f"{pace:,.1f} tokens/s (predicted)"}
+
+
+def _rows(
+    artifact: Artifact, points: list[dict[str, Any]], opened: int, speed: Speed | None
+) -> list[list[Any]]:
     """Measured sizes, and the climb's where none was measured."""
     from pliant.api import bits_of, climb_summary
 
@@ -190,4 +215,7 @@ def _rows(artifact: Artifact, points: list[dict[str, Any]], opened: int) -> list
              f"{found['perplexity']:.2f}" if "perplexity" in found else "",
              f"{top1:.1%}" if top1 is not None else ""]
         )  # fmt: skip
+        if speed is not None:
+            pace = speed(artifact.ladder.allocation(size))
+            table[-1].append("" if pace is None else f"{pace:,.1f}")
     return table

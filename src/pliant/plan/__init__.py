@@ -8,7 +8,7 @@ from pliant.plan.memory import (
     kv_cache_bytes,
     weights_budget,
 )
-from pliant.plan.table import PlanRow, PlanTable, plan, render
+from pliant.plan.table import PlanRow, PlanTable, load_config, plan, render
 
 __all__ = [
     "Bandwidth",
@@ -19,6 +19,7 @@ __all__ = [
     "attention_shapes",
     "bandwidth",
     "kv_cache_bytes",
+    "load_config",
     "plan",
     "render",
     "weights_budget",

@@ -5,8 +5,6 @@ Measured once for each processor and kept in the cache directory.
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import re
 import time
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pliant.model import cache_directory
+from pliant.plan import kept
 
 _FILE = "bandwidth.json"
 _BUFFER = 256 << 20  # far beyond any last-level cache's share of one process
@@ -40,7 +38,7 @@ def bandwidth(device: str | torch.device | None = None, *, refresh: bool = False
     known = _load()
     if refresh or name not in known:
         known[name] = _measure(place)
-        _store(known)
+        kept.write(_FILE, known)
     return Bandwidth(name, known[name])
 
 
@@ -75,19 +73,6 @@ def _measure(device: torch.device) -> float:
 
 def _load() -> dict[str, float]:
     try:
-        known = json.loads((cache_directory() / _FILE).read_text())
-        return {str(k): float(v) for k, v in known.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        return {name: float(value) for name, value in kept.read(_FILE).items()}
+    except (TypeError, ValueError):
         return {}
-
-
-def _store(known: dict[str, float]) -> None:
-    """Best effort: a read-only home directory only costs the measurement again."""
-    path = cache_directory() / _FILE
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}.tmp")
-        beside.write_text(json.dumps(known, indent=1, sort_keys=True))
-        beside.replace(path)
-    except OSError:
-        return

@@ -5,7 +5,7 @@ No weight is read: parameters are counted on a model built without storage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One size. `max_context` is 0 where the weights alone do not fit; sizes are bytes."""
+    """One size. `max_context` is 0 where the weights alone do not fit; sizes are bytes.
+
+    tokens_per_second: of decoding, as predicted; the ceiling where nothing predicts it. ceiling:
+    what the memory's bandwidth allows. Both with the cache half full.
+    """
 
     bits: int
     code_bits: float
@@ -59,11 +63,15 @@ class PlanRow:
     fits: bool
     max_context: int
     tokens_per_second: float
+    ceiling: float
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    """`memory` is the budget; `given` says whether the user gave it or this machine has it free."""
+    """`memory` is the budget; `given` says whether the user gave it or this machine has it free.
+
+    predicted: whether every row's speed is a prediction, not the ceiling.
+    """
 
     model: str
     parameters: Parameters
@@ -75,6 +83,7 @@ class PlanTable:
     kv_cache: int
     activations: int
     bandwidth: Bandwidth
+    predicted: bool
     rows: tuple[PlanRow, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -92,20 +101,23 @@ def plan(
     batch: int = 1,
     sizes: Sequence[int] = SIZES,
     speed: Bandwidth | None = None,
+    config: Any = None,
+    seconds: Callable[[int, int], float | None] | None = None,
 ) -> PlanTable:
     """The table for `source`: a configuration, a directory, a hub id, a .gguf file or "smollm2".
 
     memory: bytes; without it, what this machine has free. speed: memory bandwidth; without it, this
-    machine's, measured once.
+    machine's, measured once. config: of `source`, if it is known already. seconds: predicts a
+    token's for (bits, tokens in the cache); without it, speeds are the bandwidth's ceiling.
     """
-    config = load_config(source)
+    config = load_config(source) if config is None else config
     counts = count_parameters(config)
     speed = speed or bandwidth()
     budget = memory or int(psutil.virtual_memory().available)
     cache = kv_cache_bytes(config, context, batch)
     activations = activation_bytes(config, context, batch)
     limit = getattr(text_config(config), "max_position_embeddings", None) or _LONGEST
-    rows = []
+    rows, predicted = [], True
     for bits in sizes:
         stored = code_bits(bits)
         embeddings = round(counts.embeddings * stored / 8)
@@ -113,9 +125,12 @@ def plan(
         total = weights + embeddings + cache + activations
         read = (weights + embeddings) * counts.read + cache / 2
         longest = largest_context(config, budget - weights - embeddings, batch, int(limit))
+        ceiling = batch * speed.bytes_per_second / read
+        took = seconds(bits, context // 2) if seconds else None
+        predicted = predicted and took is not None
         rows.append(
             PlanRow(bits, stored, weights, embeddings, total, total <= budget, longest,
-                    batch * speed.bytes_per_second / read)
+                    ceiling if took is None else batch / took, ceiling)
         )  # fmt: skip
     return PlanTable(
         model=source if isinstance(source, str) else model_name(source, config),
@@ -128,6 +143,7 @@ def plan(
         kv_cache=cache,
         activations=activations,
         bandwidth=speed,
+        predicted=predicted,
         rows=tuple(rows),
     )
 
@@ -219,7 +235,8 @@ def render(table: PlanTable) -> RenderableType:
         f"{table.parameters.embeddings / table.parameters.total:.0%} of them embeddings",
     )
     grid = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
-    for title in ("bits", "weights", "embeddings", "in use", "fits", "longest context", "tokens/s"):
+    for title in ("bits", "weights", "embeddings", "in use", "fits", "longest context", "tokens/s",
+                  *["ceiling"] * table.predicted):  # fmt: skip
         grid.add_column(title, justify="right")
     for row in table.rows:
         grid.add_row(
@@ -230,16 +247,22 @@ def render(table: PlanTable) -> RenderableType:
             "yes" if row.fits else "no",
             f"{row.max_context:,}" if row.max_context else "-",
             f"{row.tokens_per_second:,.1f}",
+            *[f"{row.ceiling:,.1f}"] * table.predicted,
             style=None if row.fits else "dim",
         )
+    ceiling = f"{table.bandwidth.bytes_per_second / 1e9:,.1f} GB/s of memory"
+    said = (
+        f"predicted from products timed on this machine; ceiling is what {ceiling} allow"
+        if table.predicted
+        else f"the ceiling that {ceiling} set"
+    )
     whose = "budget" if table.given else "free on this machine"
     notes = Text(
         f"{format_size(table.memory)} {whose}; context {table.context:,}, batch {table.batch}: "
         f"KV cache {format_size(table.kv_cache)} ({format_size(table.kv_cache_per_1k)} per 1k "
         f"tokens), activations {format_size(table.activations)}.\n"
-        f"Sizes include a 16-bit scale and a zero per group of {GROUP}. tokens/s is the ceiling of "
-        f"decoding that {table.bandwidth.bytes_per_second / 1e9:,.1f} GB/s allow "
-        f"({table.bandwidth.device}), with the cache half full.",
+        f"Sizes include a 16-bit scale and a zero per group of {GROUP}. tokens/s is of decoding "
+        f"with the cache half full: {said} ({table.bandwidth.device}).",
         style="dim",
     )
     return Group(heading, Text(), grid, Text(), notes)

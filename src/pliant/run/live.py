@@ -14,7 +14,7 @@ from pliant.cache import DenseCache
 from pliant.codes.base import one_thread
 from pliant.kernels import gpu
 from pliant.kernels.activations import rounding_is_on
-from pliant.kernels.cpu import integer_activations
+from pliant.kernels.cpu import integer_activations, multiplies_words
 from pliant.kernels.cpu.structs import Unsuited
 from pliant.ladder import LiveModel
 from pliant.ladder import load as open_model
@@ -54,15 +54,35 @@ class RunningModel(LiveModel):
         if logits.is_cuda:
             graph = self.graph_step()
             return graph is not None and graph.run(token, cache, logits)
+        native = self._native()
+        return native is not None and native.run(token, cache, logits)
+
+    def prompt(self, tokens: Tensor, cache: Any, last: int) -> Tensor | None:
+        """`tokens` [n] behind those in `cache`, natively; logits [last, vocabulary].
+
+        None, and nothing done, where only the forward of transformers can do it, or is faster.
+        """
+        native = self._native()
+        if native is None or not multiplies_words():
+            return None
+        config: Any = self.config  # type: ignore[attr-defined]
+        if last == 1:
+            logits = torch.empty(config.vocab_size)
+            return logits[None] if native.prompt(tokens, cache, logits) else None
+        states = torch.empty(last, config.hidden_size)
+        if not native.prompt(tokens, cache, states):
+            return None
+        return self.lm_head(states)  # type: ignore[attr-defined,no-any-return]
+
+    def _native(self) -> NativeStep | None:
+        """The description of this model as it is now, for the native kernels."""
         if rounding_is_on():
-            return False
+            return None
         if self._step_of is not self.plan or (self._step and not self._step.current()):
             self._step, self._step_of = None, self.plan
             with suppress(Unsuited):
                 self._step = NativeStep(self)
-        if self._step is None or self._step.hooked():
-            return False
-        return self._step.run(token, cache, logits)
+        return None if self._step is None or self._step.hooked() else self._step
 
     def graph_step(self) -> GraphStep | None:
         """The step on a GPU, for what the model holds now; None where there is none."""
@@ -81,22 +101,35 @@ class RunningModel(LiveModel):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, fit for its size.
 
-        A single token takes the native step, or runs in one thread, whose pieces of work are too
-        short to share. After more than one, what they freed goes back to the system.
+        Prompts and single tokens run natively where they can. A single token that cannot runs in
+        one thread, whose pieces of work are too short to share. After more than one, what they
+        freed goes back to the system.
         """
         ids = kwargs.get("input_ids", args[0] if args else None)
+        cache = kwargs.get("past_key_values")
         if ids is None or ids.shape[-1] != 1:
-            output = super().__call__(*args, **kwargs)  # type: ignore[misc]
+            output = None
+            if ids is not None and ids.shape[0] == 1 and ids.shape[1] and not args[1:]:
+                output = self._prompt_output(ids[0], cache, kwargs)
+            if output is None:
+                output = super().__call__(*args, **kwargs)  # type: ignore[misc]
             release()
             return output
-        cache = kwargs.get("past_key_values")
-        if not args[1:] and ids.numel() == 1 and _plain(kwargs, cache):
+        if not args[1:] and ids.numel() == 1 and _plain(kwargs, cache, 1):
             config: Any = self.config  # type: ignore[attr-defined]
             logits = torch.empty(config.vocab_size, device=ids.device)
             if self.step(int(ids), cache, logits):
                 return CausalLMOutputWithPast(logits=logits[None, None], past_key_values=cache)
         with one_thread(), integer_activations():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def _prompt_output(self, ids: Tensor, cache: Any, kwargs: dict[str, Any]) -> Any:
+        if not _plain(kwargs, cache, len(ids)):
+            return None
+        logits = self.prompt(ids, cache, min(kwargs.get("logits_to_keep", 0) or len(ids), len(ids)))
+        if logits is None:
+            return None
+        return CausalLMOutputWithPast(logits=logits[None], past_key_values=cache)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' own generate; pass `past_key_values` or `use_cache` to choose a cache."""
@@ -113,19 +146,21 @@ _UNDERSTOOD = {
 }  # fmt: skip
 
 
-def _plain(kwargs: dict[str, Any], cache: Any) -> bool:
-    """Whether a call asks for no more than the next logits after the whole of `cache`."""
+def _plain(kwargs: dict[str, Any], cache: Any, new: int) -> bool:
+    """Whether a call asks for no more than the logits of `new` tokens after all of `cache`."""
     if type(cache) is not DenseCache or kwargs.keys() - _UNDERSTOOD:
         return False
     if kwargs.get("use_cache") is False or kwargs.get("return_dict") is False:
         return False
-    if kwargs.get("logits_to_keep", 0) not in (0, 1):
+    keep = kwargs.get("logits_to_keep", 0)
+    if type(keep) is not int or keep < 0 or (new == 1 and keep > 1):
         return False
     length, mask = cache.length, kwargs.get("attention_mask")
-    if mask is not None and (mask.shape != (1, length + 1) or not bool(mask.all())):
+    if mask is not None and (mask.shape != (1, length + new) or not bool(mask.all())):
         return False
+    wanted = list(range(length, length + new))
     places = (kwargs.get("position_ids"), kwargs.get("cache_position"))
-    return all(place is None or place.flatten().tolist() == [length] for place in places)
+    return all(place is None or place.flatten().tolist() == wanted for place in places)
 
 
 def load(

@@ -1,4 +1,4 @@
-"""One token through a whole model in one native call.
+"""One token, or a piece of a prompt, through a whole model in one native call.
 
 transformers spends more time between the products of a small model than in them. For models of
 the Llama family whose weights are codes that the native kernels know, this runs the same
@@ -10,7 +10,6 @@ are used.
 from __future__ import annotations
 
 import ctypes
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
+from pliant.kernels.cpu import PIECE, activation_bits, aligned, pages
 from pliant.kernels.cpu.build import library
 from pliant.kernels.cpu.structs import Layer, Linear, Step, Unsuited, address, linear
 from pliant.run.family import Description, Product
@@ -38,6 +38,7 @@ class NativeStep:
         self._bound: tuple[Any, ...] | None = None
         self.vocabulary = 0
         self._describe()
+        pages.collapse(t for code in self._parts.codes() for t in code.tensors().values())
 
     def current(self) -> bool:
         """Whether the model still is what was described: its modules, codes and tensors."""
@@ -57,7 +58,7 @@ class NativeStep:
         codes = self._parts.codes()  # they stay until the call is over
         to = address(logits, (self.vocabulary,), torch.float32)
         position = cache.layers[0].length
-        self._step.exact = os.environ.get("PLIANT_NATIVE") != "int8"
+        self._step.activations = activation_bits(eight=True)
         threads = torch.get_num_threads()
         if not self._native.pliant_step(ctypes.byref(self._step), token, position, to, threads):
             return False
@@ -66,8 +67,55 @@ class NativeStep:
         del codes
         return True
 
-    def _bind(self, cache: Any) -> bool:
-        """Point the step at the storage of `cache`."""
+    def prompt(self, tokens: Tensor, cache: Any, out: Tensor) -> bool:
+        """Append `tokens` [n] to `cache` and write what follows the last of them.
+
+        out: float32, logits [vocabulary] after the last one, or what the head reads of the last
+        ones [some, hidden]. False, and nothing done, where the cache is not one of one sequence
+        that they fit into.
+        """
+        ids = tokens.to("cpu", torch.int64).contiguous()
+        n, alone = len(ids), out.dim() == 1
+        if not n or int(ids.min()) < 0 or int(ids.max()) >= self.vocabulary:
+            return False
+        if not self._begin(cache) or not self._bind(cache, n):
+            return False
+        codes = self._parts.codes()
+        last = 0 if alone else len(out)
+        shape = (self.vocabulary,) if alone else (min(last, n), self._step.hidden)
+        to = address(out, shape, torch.float32)
+        step, threads = ctypes.byref(self._step), torch.get_num_threads()
+        shared = aligned(self._native.pliant_prompt_bytes(step, min(n, PIECE)))
+        position = cache.layers[0].length
+        for start in range(0, n, PIECE):
+            count = min(n - start, PIECE)
+            first = min(max(n - last - start, 0), count)
+            states = to + 4 * self._step.hidden * max(start - (n - last), 0)
+            logits = to if alone and start + count == n else None
+            if not self._native.pliant_prompt(
+                step, ids[start:].data_ptr(), count, position + start, first, states, logits,
+                shared.data_ptr(), threads,
+            ):  # fmt: skip
+                return False
+        for layer in cache.layers:
+            layer.length += n
+        del codes
+        return True
+
+    def _begin(self, cache: Any) -> bool:
+        """Let an empty cache take its memory."""
+        if type(cache) is not DenseCache:
+            return False
+        nothing = torch.empty(1, self._step.kv_heads, 0, self._step.head_dim)
+        for layer in cache.layers:
+            if type(layer) is not DenseLayer:
+                return False
+            if not layer.is_initialized:
+                layer.lazy_initialization(nothing, nothing)
+        return True
+
+    def _bind(self, cache: Any, more: int = 1) -> bool:
+        """Point the step at the storage of `cache`, if `more` tokens fit into it."""
         if type(cache) is not DenseCache or len(cache.layers) != self._step.layer_count:
             return False
         layers = cache.layers
@@ -79,7 +127,7 @@ class NativeStep:
         for layer in layers:
             if type(layer) is not DenseLayer or layer.length != first.length:
                 return False
-            if not layer.is_initialized or layer.length >= min(layer.capacity, layer.context):
+            if not layer.is_initialized or layer.length + more > min(layer.capacity, layer.context):
                 return False
             for side in (layer.keys, layer.values):
                 if side.shape != shape or side.dtype != torch.bfloat16 or not side.is_contiguous():

@@ -117,6 +117,14 @@ def _load(path: Path) -> ctypes.CDLL:
     native.pliant_shared_floats.argtypes = [pointer]
     native.pliant_shared_floats.restype = number
     native.pliant_step.argtypes = [pointer, number, number, pointer, ctypes.c_int]
+    native.pliant_gemm_bytes.argtypes = [number, number]
+    native.pliant_gemm_bytes.restype = number
+    native.pliant_gemm.argtypes = [pointer, pointer, pointer, number, pointer, ctypes.c_int]
+    native.pliant_prompt_bytes.argtypes = [pointer, number]
+    native.pliant_prompt_bytes.restype = number
+    native.pliant_prompt.argtypes = [
+        pointer, pointer, number, number, number, pointer, pointer, pointer, ctypes.c_int,
+    ]  # fmt: skip
     real, team = ctypes.c_float, ctypes.c_int
     native.pliant_search.argtypes = [
         pointer, number, number, number, pointer, pointer, pointer, number, number, pointer,

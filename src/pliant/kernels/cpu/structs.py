@@ -88,7 +88,7 @@ class Step(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("rope_scale", ctypes.c_float),
         ("score_scale", ctypes.c_float),
-        ("exact", ctypes.c_int32),
+        ("activations", ctypes.c_int32),
         ("shared", ctypes.c_void_p),
         ("counters", ctypes.c_void_p),
     ]

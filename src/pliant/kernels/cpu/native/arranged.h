@@ -28,11 +28,7 @@ inline int parts_of(int64_t bits) {
 inline bool arranges(const Matrix& m) {
   if (m.kind != GROUP_INT && m.kind != GROUP_LEVELS) return false;
   if (m.width % 64 || m.groups > kMostGroups || (m.groups > 1 && m.group % 16)) return false;
-  if (m.kind == GROUP_INT) {
-    // Rows in order, as they lie, are faster where a byte needs little work.
-    const bool plain = m.half_scales && !m.zeros.bits && reads_nibbles(m.width, 32);
-    return m.q.bits != 8 && !(m.q.bits == 4 && plain && (m.groups == 1 || m.group % 32 == 0));
-  }
+  if (m.kind == GROUP_INT) return true;
   return m.q.bits <= 4 && m.table_count <= 16 && m.table_count << m.q.bits <= kMostLevels;
 }
 
@@ -112,24 +108,26 @@ struct FewIntegers {
 struct Arrangement {
   int64_t width = 0, group = 0, n = 0;
   int parts = 0;
-  int8_t* x;       // [n, width]
-  float* unit;     // [n, width / 4], of each quad
+  int8_t *x, *low;    // [n, width]
+  float* unit;        // [n, width / 4], of each quad
   int32_t* group_of;  // [width / 4]
-  float* sums;     // [n, kMostGroups], of the inputs of a group
+  float *sums, *high_sums;  // [n, kMostGroups], of the inputs of a group
 
   // `widest` is a multiple of 64.
   static size_t bytes(int64_t most, int64_t widest) {
-    return (size_t)((2 * most + 1) * widest + most * kMostGroups * 4);
+    return (size_t)((3 * most + 1) * widest + 2 * most * kMostGroups * 4);
   }
   void place(char* memory, int64_t most, int64_t widest) {
-    x = (int8_t*)memory;
-    unit = (float*)(memory + most * widest);
-    group_of = (int32_t*)(memory + 2 * most * widest);
-    sums = (float*)(memory + (2 * most + 1) * widest);
+    x = (int8_t*)memory, low = x + most * widest;
+    unit = (float*)(memory + 2 * most * widest);
+    group_of = (int32_t*)(memory + 3 * most * widest);
+    sums = (float*)(memory + (3 * most + 1) * widest), high_sums = sums + most * kMostGroups;
   }
-  // From integers [new_n, padded] and what belongs to blocks of 32 (units) and 16 (sums) of them.
-  void arrange(const Matrix& m, const int8_t* q, int64_t padded, const float* block_unit,
-               int64_t unit_room, const float* block_sum, int64_t sum_room, int64_t new_n) {
+  // From integers [new_n, padded] and what belongs to blocks of 32 (units) and 16 (sums) of them;
+  // their low parts may be null.
+  void arrange(const Matrix& m, const int8_t* q, const int8_t* q_low, int64_t padded,
+               const float* block_unit, int64_t unit_room, const float* block_sum,
+               const float* block_high_sum, int64_t sum_room, int64_t new_n) {
     const int new_parts = parts_of(m.q.bits);
     if (width == m.width && parts == new_parts && group == m.group && n == new_n) return;
     width = m.width, parts = new_parts, group = m.group, n = new_n;
@@ -146,19 +144,24 @@ struct Arrangement {
       for (int64_t i = 0; i < n; i++) {
         _mm512_store_ps(unit + (i * vectors + c) * kQuads,
                         _mm512_i32gather_ps(_mm512_srli_epi32(column, 5), block_unit + i * unit_room, 4));
-        int8_t* to = x + i * width + c * 64;
-        for (int p = 0; p < parts; p++)
-          memcpy(to + p * piece, q + i * padded + p * part + c * piece, piece);
+        const int64_t to = i * width + c * 64;
+        for (int p = 0; p < parts; p++) {
+          const int64_t at = i * padded + p * part + c * piece;
+          memcpy(x + to + p * piece, q + at, piece);
+          if (q_low) memcpy(low + to + p * piece, q_low + at, piece);
+        }
       }
       column = _mm512_add_epi32(column, _mm512_set1_epi32(piece));
     }
     const int64_t each = m.groups == 1 ? width / 16 : group / 16, blocks = width / 16;
     for (int64_t i = 0; i < n; i++)
       for (int64_t g = 0; g < kMostGroups; g++) {
-        float sum = 0;
-        for (int64_t b = g * each; b < (g + 1) * each && b < blocks; b++)
+        float sum = 0, high_sum = 0;
+        for (int64_t b = g * each; b < (g + 1) * each && b < blocks; b++) {
           sum += block_sum[i * sum_room + b];
-        sums[i * kMostGroups + g] = sum;
+          if (q_low) high_sum += block_high_sum[i * sum_room + b];
+        }
+        sums[i * kMostGroups + g] = sum, high_sums[i * kMostGroups + g] = high_sum;
       }
   }
 };
@@ -229,26 +232,33 @@ inline __m512i integers_of(const uint8_t* const* planes, int64_t c, int64_t part
   return _mm512_and_si512(all, _mm512_set1_epi8((char)((1 << bits) - 1)));
 }
 
-// All tables of group levels as bytes: 128 + 127 level / largest of its table.
+// All tables of group levels as bytes: 128 + 127 level / largest of its table; or, for inputs of two
+// bytes, as two of them: 32768 + 32512 level / largest is 256 bytes + low.
 struct ByteLevels {
-  alignas(64) uint8_t bytes[kMostLevels];
+  alignas(64) uint8_t bytes[kMostLevels], low[kMostLevels];
   alignas(64) float unit[16];
 
-  void set(const Matrix& m) {
+  void set(const Matrix& m, bool wide) {
     const int64_t each = 1 << m.q.bits;
     const __mmask16 here = (__mmask16)first(each);
+    const float top = wide ? 32512.0f : 127.0f;
     alignas(16) uint8_t own[16];
-    memset(bytes, 128, sizeof bytes);
+    memset(bytes, 128, sizeof bytes), memset(low, 0, sizeof low);
     for (int64_t t = 0; t < m.table_count; t++) {
       const __m512 levels =
           _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(here, m.tables + t * each));
       const float peak = _mm512_reduce_max_ps(_mm512_abs_ps(levels));
-      const float inverse = peak > 0 ? 127.0f / peak : 0.0f;
-      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels, _mm512_set1_ps(inverse)));
-      _mm_store_si128((__m128i*)own,
-                      _mm512_cvtepi32_epi8(_mm512_add_epi32(whole, _mm512_set1_epi32(128))));
+      const float inverse = peak > 0 ? top / peak : 0.0f;
+      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(levels, _mm512_set1_ps(inverse)));
+      whole = _mm512_add_epi32(whole, _mm512_set1_epi32(wide ? 32768 : 128));
+      if (wide) {
+        _mm_store_si128((__m128i*)own, _mm512_cvtepi32_epi8(whole));
+        memcpy(low + t * each, own, each);
+        whole = _mm512_srli_epi32(whole, 8);
+      }
+      _mm_store_si128((__m128i*)own, _mm512_cvtepi32_epi8(whole));
       memcpy(bytes + t * each, own, each);
-      unit[t] = peak / 127.0f;
+      unit[t] = (wide ? 256.0f : 1.0f) * peak / top;
     }
   }
 };
@@ -268,6 +278,13 @@ inline __m512i looked_up(const __m512i* tables, __m512i index) {
   found = _mm512_mask_shuffle_epi8(found, upper, tables[2], low);
   return _mm512_mask_shuffle_epi8(found, upper & odd, tables[3], low);
 #endif
+}
+
+// In every part of a register 16 of the bytes, and all of them in the last.
+inline void read_tables(const uint8_t* bytes, __m512i* tables) {
+  for (int k = 0; k < 4; k++)
+    tables[k] = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)(bytes + 16 * k)));
+  tables[4] = _mm512_load_si512(bytes);
 }
 
 inline __m512 of_places(const __m512* scales, __m512i at, int registers) {
@@ -333,7 +350,7 @@ inline void fetch_ahead(const uint8_t* const* planes, int64_t c, int64_t ahead) 
 }
 
 // Rows from .. from + count times every arranged input: y[c * stride + row - from].
-template <int bits, int registers, int index_bits>
+template <int bits, int registers, int index_bits, bool wide>
 __attribute__((noinline)) void arranged_rows(const Matrix& m, const Arrangement& in,
                                              const GroupReaders& readers, int64_t from,
                                              int64_t count, float* y, int64_t stride) {
@@ -342,12 +359,10 @@ __attribute__((noinline)) void arranged_rows(const Matrix& m, const Arrangement&
   constexpr int rows = 4;
   const int64_t vectors = m.width / 64, part = m.width / parts_of(bits);
   const int64_t ahead = m.width * rows > kAhead ? m.width * rows : kAhead;
-  __m512i tables[5];
+  __m512i tables[5], low_tables[5];
   if constexpr (levels) {
-    for (int k = 0; k < 4; k++)
-      tables[k] =
-          _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)(readers.levels.bytes + 16 * k)));
-    tables[4] = _mm512_load_si512(readers.levels.bytes);
+    read_tables(readers.levels.bytes, tables);
+    read_tables(readers.levels.low, low_tables);
   }
   for (int64_t r0 = 0; r0 < count; r0 += rows) {
     const uint8_t* at[rows][3];
@@ -384,7 +399,10 @@ __attribute__((noinline)) void arranged_rows(const Matrix& m, const Arrangement&
       }
     }
     for (int64_t i = 0; i < in.n; i++) {
-      const int8_t* x = in.x + i * m.width;
+      const int8_t *x = in.x + i * m.width, *low = in.low + i * m.width;
+      // The low bytes of levels do not meet those of inputs: for the mean of the former, the
+      // latter are taken off the sums.
+      const float* input_sums = (levels && wide ? in.high_sums : in.sums) + i * kMostGroups;
       const float* unit = in.unit + i * vectors * kQuads;
       __m512 sums[rows];
 #pragma GCC unroll 4
@@ -392,63 +410,70 @@ __attribute__((noinline)) void arranged_rows(const Matrix& m, const Arrangement&
         sums[r] = _mm512_setzero_ps();
         for (int s = 0; s < registers; s++)
           sums[r] = _mm512_fnmadd_ps(
-              zeros[r][s], _mm512_load_ps(in.sums + i * kMostGroups + 16 * s), sums[r]);
+              zeros[r][s], _mm512_load_ps(input_sums + 16 * s), sums[r]);
       }
       for (int64_t c = 0; c < vectors; c++) {
         const __m512i inputs = _mm512_load_si512(x + c * 64);
+        const __m512i low_inputs = wide ? _mm512_load_si512(low + c * 64) : inputs;
         const __m512i groups = _mm512_load_si512(in.group_of + c * kQuads);
         const __m512 units = _mm512_load_ps(unit + c * kQuads);
         fetch_ahead<bits>(at[0], c, ahead);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-          __m512i weights = integers_of<bits>(at[r], c, part);
-          if constexpr (levels)
-            weights = looked_up<index_bits>(
-                tables, _mm512_or_si512(weights, of_places(selected[r], groups, registers)));
-          const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, inputs);
+          __m512i weights = integers_of<bits>(at[r], c, part), products;
+          __m512i index;
+          if constexpr (levels) {
+            index = _mm512_or_si512(weights, of_places(selected[r], groups, registers));
+            weights = looked_up<index_bits>(tables, index);
+          }
+          if constexpr (wide)
+            products = wide_products(weights, inputs, low_inputs);
+          else
+            products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, inputs);
+          if constexpr (levels && wide)
+            products = _mm512_dpbusd_epi32(products, looked_up<index_bits>(low_tables, index),
+                                           inputs);
           const __m512 factors =
               _mm512_mul_ps(of_places(scales[r], groups, registers), units);
           sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products), factors, sums[r]);
         }
       }
-      __m256 halved[rows];
-#pragma GCC unroll 4
-      for (int r = 0; r < rows; r++)
-        halved[r] = _mm256_add_ps(_mm512_castps512_ps256(sums[r]),
-                                  _mm512_extractf32x8_ps(sums[r], 1));
-      const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halved[0], halved[1]),
-                                          _mm256_hadd_ps(halved[2], halved[3]));
-      _mm_mask_storeu_ps(
-          y + i * stride + r0, (__mmask8)first(count - r0 > rows ? rows : count - r0),
-          _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+      if (r0 + rows <= count) {
+        sums_of<rows>(sums, y + i * stride + r0);
+      } else {
+        float few[rows];
+        sums_of<rows>(sums, few);
+        for (int64_t r = r0; r < count; r++) y[i * stride + r] = few[r - r0];
+      }
     }
   }
 }
 
 // Before rows of this code.
-inline void read_groups(const Matrix& m, GroupReaders& readers) {
+inline void read_groups(const Matrix& m, GroupReaders& readers, bool wide) {
   if (!m.half_scales) readers.scales.set(m.packed_scales);
   if (m.zeros.bits) readers.zeros.set(m.zeros);
   if (m.selector.bits) readers.selector.set(m.selector);
-  if (m.kind == GROUP_LEVELS) readers.levels.set(m);
+  if (m.kind == GROUP_LEVELS) readers.levels.set(m, wide);
 }
 
-template <int bits, int index_bits>
+template <int bits, int index_bits, bool wide>
 inline void by_groups(const Matrix& m, const Arrangement& in, const GroupReaders& readers,
                       int64_t from, int64_t count, float* y, int64_t stride) {
   if (m.groups <= 16) {
-    arranged_rows<bits, 1, index_bits>(m, in, readers, from, count, y, stride);
+    arranged_rows<bits, 1, index_bits, wide>(m, in, readers, from, count, y, stride);
   } else if (m.groups <= 32) {
-    arranged_rows<bits, 2, index_bits>(m, in, readers, from, count, y, stride);
+    arranged_rows<bits, 2, index_bits, wide>(m, in, readers, from, count, y, stride);
   } else {
-    arranged_rows<bits, 4, index_bits>(m, in, readers, from, count, y, stride);
+    arranged_rows<bits, 4, index_bits, wide>(m, in, readers, from, count, y, stride);
   }
 }
 
+template <bool wide>
 inline void arranged_product(const Matrix& m, const Arrangement& in, const GroupReaders& readers,
                              int64_t from, int64_t count, float* y, int64_t stride) {
 #define ROWS(bits, index_bits) \
-  return by_groups<bits, index_bits>(m, in, readers, from, count, y, stride)
+  return by_groups<bits, index_bits, wide>(m, in, readers, from, count, y, stride)
   if (m.kind == GROUP_INT) {
     switch (m.q.bits) {
       case 1: ROWS(1, 0);

@@ -4,6 +4,8 @@
 #include "product.h"
 #include "rounding.h"
 #include "step.h"
+#include "gemm.h"
+#include "prompt.h"
 
 #define NAME2(isa) pliant_kernels_##isa
 #define NAME(isa) NAME2(isa)
@@ -12,4 +14,5 @@
 
 extern "C" const Kernels NAME(PLIANT_ISA);
 const Kernels NAME(PLIANT_ISA) = {TEXT(PLIANT_ISA), matmul_job, decode_job, step_job,
-                                search_job,      feedback_job};
+                                search_job,      feedback_job, gemm_job, prompt_job,
+                                kWords,          gemm_bytes,    prompt_bytes};

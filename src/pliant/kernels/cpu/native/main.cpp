@@ -39,14 +39,17 @@ EXPORT const char* pliant_use(int level) {
   return chosen->name;
 }
 
+// Whether products of pairs of 16 bits are used for many inputs.
+EXPORT int pliant_words() { return kernels()->words; }
+
 EXPORT void pliant_sizes(int64_t* sizes) {
   sizes[0] = sizeof(Integers), sizes[1] = sizeof(Matrix), sizes[2] = sizeof(Linear);
   sizes[3] = sizeof(Layer), sizes[4] = sizeof(Step);
 }
 
-EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n, int exact,
-                         int threads) {
-  MatmulJob job = {linear, x, y, n, exact, 0};
+EXPORT int pliant_matmul(const Linear* linear, const float* x, float* y, int64_t n,
+                         int activations, int threads) {
+  MatmulJob job = {linear, x, y, n, activations, 0};
   return pool_run(kernels()->matmul, &job, threads);
 }
 
@@ -56,8 +59,8 @@ EXPORT int pliant_decode(const Linear* linear, int64_t from, int64_t to, float* 
 }
 
 EXPORT int64_t pliant_shared_floats(const Step* step) {
-  return step->hidden + 2 * step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
-         step->inner + 6 * 16;
+  return step->hidden + step->heads * step->head_dim + 2 * step->kv_heads * step->head_dim +
+         step->inner + kSplits * step->heads * (step->head_dim + 16) + 6 * 16;
 }
 
 EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float* logits,
@@ -65,6 +68,27 @@ EXPORT int pliant_step(const Step* step, int64_t token, int64_t position, float*
   StepJob job = {step, token, position, logits};
   for (int64_t i = 0; i < 4 * step->layer_count + 1; i++) step->counters[i] = 0;
   return pool_run(kernels()->step, &job, threads);
+}
+
+EXPORT int64_t pliant_gemm_bytes(int64_t n, int64_t width) {
+  return kernels()->gemm_bytes(n, width);
+}
+
+EXPORT int pliant_gemm(const Linear* linear, const float* x, float* y, int64_t n, char* operand,
+                       int threads) {
+  GemmJob job = {linear, x, y, n, operand, 0};
+  return pool_run(kernels()->gemm, &job, threads);
+}
+
+EXPORT int64_t pliant_prompt_bytes(const Step* step, int64_t n) {
+  return kernels()->prompt_bytes(step, n);
+}
+
+EXPORT int pliant_prompt(const Step* step, const int64_t* tokens, int64_t n, int64_t position,
+                         int64_t first, float* states, float* logits,
+                         char* shared, int threads) {
+  PromptJob job = {step, tokens, n, position, first, states, logits, shared};
+  return pool_run(kernels()->prompt, &job, threads);
 }
 
 EXPORT int pliant_search(const float* weight, int64_t rows, int64_t width, int64_t group,

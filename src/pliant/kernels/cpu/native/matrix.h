@@ -43,6 +43,8 @@ struct Layer {
   uint16_t *keys, *values;                 // bfloat16 [kv_heads, capacity, head_dim]
 };
 
+constexpr int64_t kSplits = 8;  // most parts that the tokens of a cache are cut into
+
 // One token of one sequence through a model of the Llama family.
 struct Step {
   const Layer* layers;
@@ -50,7 +52,7 @@ struct Step {
   Linear embedding, head;
   const float *final_norm, *inverse_frequencies;  // [hidden], [head_dim / 2]
   float epsilon, rope_scale, score_scale;
-  int32_t exact;
+  int32_t activations;  // bits of one in a product: 8, 16 or 32
   float* shared;      // pliant_shared_floats() of them
   int64_t* counters;  // 4 a layer and 1
 };
@@ -67,6 +69,11 @@ struct Kernels {
   void (*step)(void* what, int member, Team* team);    // what: StepJob
   void (*search)(void* what, int member, Team* team);  // what: SearchJob
   void (*feedback)(void* what, int member, Team* team);  // what: FeedbackJob
+  void (*gemm)(void* what, int member, Team* team);    // what: GemmJob
+  void (*prompt)(void* what, int member, Team* team);  // what: PromptJob
+  int words;  // whether gemm and prompt multiply in 16 bits
+  int64_t (*gemm_bytes)(int64_t tokens, int64_t width);  // of GemmJob::operand
+  int64_t (*prompt_bytes)(const Step* step, int64_t tokens);  // of PromptJob::shared
 };
 
 struct MatmulJob {
@@ -74,7 +81,7 @@ struct MatmulJob {
   const float* x;  // [n, width]
   float* y;        // [n, rows]
   int64_t n;
-  int32_t exact;
+  int32_t activations;  // bits of one in a product: 8, 16 or 32
   int64_t counter;
 };
 
@@ -89,6 +96,26 @@ struct StepJob {
   const Step* step;
   int64_t token, position;
   float* logits;  // [vocabulary] or null: only the cache is written
+};
+
+// Many inputs times a weight.
+struct GemmJob {
+  const Linear* linear;
+  const float* x;  // [n, width]
+  float* y;        // [n, rows]
+  int64_t n;
+  char* operand;   // 64-byte aligned
+  int64_t counter;
+};
+
+// Some tokens of one sequence through a model, behind `position` that are in its cache.
+struct PromptJob {
+  const Step* step;
+  const int64_t* tokens;  // [n]
+  int64_t n, position, first;
+  float* states;  // [n - first, hidden]: normalised, of tokens from `first` on
+  float* logits;  // [vocabulary] after the last, or null
+  char* shared;   // 64-byte aligned
 };
 
 // For each group of a matrix the scale and the table of least weighted squared error.

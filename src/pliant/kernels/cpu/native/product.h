@@ -2,6 +2,7 @@
 #pragma once
 #include "arranged.h"
 #include "matrix.h"
+#include "ordered.h"
 #include "vector.h"
 
 namespace {
@@ -165,25 +166,29 @@ struct Strip {
   }
 };
 
-// Activations [n, width] as they are and as integers of 8 bits, with a scale for every 32.
+// Activations [n, width] as they are and as integers, with a scale for every 32: of 8 bits, or of 16
+// bits as 256 q + low, both from -128 to 127.
 // A block of 16 (index 0) or 32 (index 1) columns has that scale and the sum of its inputs.
 struct Inputs {
   const float* x;
   int64_t n, width, padded;
-  int8_t* q;                 // [n, padded]
+  int bits;                  // of an integer, or 32: there are none
+  int8_t *q, *low;           // [n, padded]
   float *scale[2], *sum[2];  // [n, room(0 or 1)]
+  float* high_sum;           // [n, room(0)], of inputs less 1/256 of their low part
   int64_t orders;  // that are kept at once: a single input meets codes of all widths in turn
 
   static int64_t padding(int64_t width) { return up_to(width, 64); }
   static int64_t room_of(int64_t padded, int size) { return up_to(padded / (16 << size), 16); }
   static size_t bytes(int64_t n, int64_t width) {
     const int64_t padded = padding(width);
-    return Space::bytes<int8_t>(n * padded) + 2 * Space::bytes<float>(n * room_of(padded, 0)) +
+    return 2 * Space::bytes<int8_t>(n * padded) + 3 * Space::bytes<float>(n * room_of(padded, 0)) +
            2 * Space::bytes<float>(n * room_of(padded, 1)) + arranged_bytes(n, padded);
   }
   Inputs(Space& space, int64_t most, int64_t widest) {
     const int64_t most_padded = padding(widest);
-    q = space.take<int8_t>(most * most_padded);
+    q = space.take<int8_t>(most * most_padded), low = space.take<int8_t>(most * most_padded);
+    high_sum = space.take<float>(most * room_of(most_padded, 0));
     for (int k = 0; k < 2; k++) {
       scale[k] = space.take<float>(most * room_of(most_padded, k));
       sum[k] = space.take<float>(most * room_of(most_padded, k));
@@ -197,7 +202,9 @@ struct Inputs {
     x = new_x, n = new_n, width = new_width, padded = padding(width);
   }
   // A number that is not finite makes its block's scale NaN.
-  void round() {
+  void round(int to_bits) {
+    bits = to_bits;
+    if (bits == 32) return;
     for (int64_t c = 0; c < n; c++) {
       for (int64_t i = 0; i < padded; i += 32) round_block(c, i);
       for (int k = 0; k < 2; k++)
@@ -211,8 +218,12 @@ struct Inputs {
   // The inputs in the order of a code's vectors.
   const Arrangement& arrangement(const Matrix& m) {
     Arrangement& own = arranged[__builtin_ctz(parts_of(m.q.bits)) % orders];
-    own.arrange(m, q, padded, scale[1], room(1), sum[0], room(0), n);
+    own.arrange(m, q, bits == 16 ? low : nullptr, padded, scale[1], room(1), sum[0], high_sum,
+                room(0), n);
     return own;
+  }
+  OrderedInputs in_order() const {
+    return {q, bits == 16 ? low : nullptr, scale[1], sum[1], n, padded, room(1)};
   }
 
  private:
@@ -245,6 +256,9 @@ struct Inputs {
       memcpy(part, from, count * sizeof(float));
       from = part;
     }
+#if defined(__AVX512VNNI__)
+    round_full(c, i, from);
+#else
     float peak = 0, total = 0;
 #pragma omp simd reduction(max : peak) reduction(+ : total)
     for (int j = 0; j < 32; j++) {
@@ -252,23 +266,67 @@ struct Inputs {
       peak = size > peak ? size : peak;
       total += from[j];
     }
-    const float unit = peak / 127 + (total - total), inverse = peak > 1e-30f ? 127 / peak : 0;
-    int8_t* to = q + c * padded + i;
+    const float top = bits == 16 ? 127 * 256 : 127;
+    const float unit = peak / top + (total - total), inverse = peak > 1e-30f ? top / peak : 0;
+    int8_t *to = q + c * padded + i, *to_low = low + c * padded + i;
     int32_t sums[2] = {0, 0};
     for (int k = 0; k < 2; k++) {
-      int32_t own = 0;
+      int32_t own = 0, own_low = 0;
+      if (bits == 16) {
+#pragma omp simd reduction(+ : own, own_low)
+        for (int j = 16 * k; j < 16 * k + 16; j++) {
+          const int32_t value = (int32_t)rintf(from[j] * inverse), high = (value + 128) >> 8;
+          to[j] = (int8_t)high, to_low[j] = (int8_t)(value - 256 * high);
+          own += value, own_low += value - 256 * high;
+        }
+      } else {
 #pragma omp simd reduction(+ : own)
-      for (int j = 16 * k; j < 16 * k + 16; j++) {
-        const int32_t value = (int32_t)rintf(from[j] * inverse);
-        to[j] = (int8_t)value;
-        own += value;
+        for (int j = 16 * k; j < 16 * k + 16; j++) {
+          const int32_t value = (int32_t)rintf(from[j] * inverse);
+          to[j] = (int8_t)value;
+          own += value;
+        }
       }
       sums[k] = own;
-      scale[0][c * room(0) + i / 16 + k] = unit, sum[0][c * room(0) + i / 16 + k] = unit * own;
+      const int64_t b = c * room(0) + i / 16 + k;
+      scale[0][b] = unit, sum[0][b] = unit * own;
+      high_sum[b] = unit * ((float)own - (float)own_low / 256);
+    }
+    scale[1][c * room(1) + i / 32] = unit;
+    sum[1][c * room(1) + i / 32] = unit * (sums[0] + sums[1]);
+#endif
+  }
+
+#if defined(__AVX512VNNI__)
+  void round_full(int64_t c, int64_t i, const float* from) {
+    const __m512 values[2] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + 16)};
+    const __m512 none = _mm512_add_ps(_mm512_sub_ps(values[0], values[0]),
+                                      _mm512_sub_ps(values[1], values[1]));
+    const float peak = _mm512_reduce_max_ps(
+        _mm512_max_ps(_mm512_abs_ps(values[0]), _mm512_abs_ps(values[1])));
+    const bool finite = _mm512_cmp_ps_mask(none, _mm512_setzero_ps(), _CMP_EQ_OQ) == 0xffff;
+    const float top = bits == 16 ? 127 * 256 : 127, inverse = peak > 1e-30f ? top / peak : 0;
+    const float unit = finite ? peak / top : NAN;
+    int32_t sums[2];
+    for (int k = 0; k < 2; k++) {
+      const int64_t b = c * room(0) + i / 16 + k, to = c * padded + i + 16 * k;
+      const __m512i whole =
+          _mm512_cvtps_epi32(_mm512_mul_ps(values[k], _mm512_set1_ps(inverse)));
+      sums[k] = _mm512_reduce_add_epi32(whole);
+      scale[0][b] = unit, sum[0][b] = unit * sums[k];
+      __m512i high = whole;
+      if (bits == 16) {
+        high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
+        const __m512i rest = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 8));
+        _mm_storeu_si128((__m128i*)(low + to), _mm512_cvtepi32_epi8(rest));
+        high_sum[b] = unit * (sums[k] - _mm512_reduce_add_epi32(rest) * 0x1p-8f);
+      }
+      _mm_storeu_si128((__m128i*)(q + to), _mm512_cvtepi32_epi8(high));
     }
     scale[1][c * room(1) + i / 32] = unit;
     sum[1][c * room(1) + i / 32] = unit * (sums[0] + sums[1]);
   }
+#endif
 };
 
 // Row r of the strip as float32 [width].
@@ -346,6 +404,7 @@ __attribute__((noinline)) void integer_rows(Strip& strip, int64_t from, int64_t 
   const float factor = m.zeros.bits ? 1.0f : strip.symmetric_zero();
   for (int64_t c = 0; c < in.n; c++) {
     const int8_t* x = in.q + c * in.padded;
+    const int8_t* low = in.bits == 16 ? in.low + c * in.padded : nullptr;
     const float *units = in.scale[size] + c * room, *sums = in.sum[size] + c * room;
     for (int64_t r = 0; r < count;) {
       const uint8_t* q = strip.q_of(r);
@@ -353,8 +412,8 @@ __attribute__((noinline)) void integer_rows(Strip& strip, int64_t from, int64_t 
       const bool full = m.q.bits == 8;
       float* to = y + c * stride + r;
 #define DOTS(nibbles, rows)                                                                      \
-  scaled_dots<block, nibbles, rows>(q, strip.q_pitch, x, scale, units, zero, pitch, factor, sums, \
-                                    m.width, full, to)
+  scaled_dots<block, nibbles, rows>(q, strip.q_pitch, x, low, scale, units, zero, pitch, factor,  \
+                                    sums, m.width, full, to)
       if (count - r >= 4) {
         nibbles ? DOTS(true, 4) : DOTS(false, 4);
         r += 4;
@@ -401,22 +460,27 @@ inline int block_of(const Matrix& m) {
   return m.group % 16 == 0 ? 16 : 0;
 }
 
-inline bool wants_integers(const Linear& linear, bool exact) {
-  for (int64_t p = 0; p < linear.count && !exact; p++)
+inline bool wants_integers(const Linear& linear) {
+  for (int64_t p = 0; p < linear.count; p++)
     if (block_of(linear.parts[p]) || arranges(linear.parts[p])) return true;
   return false;
 }
 
 // Rows from .. to of one code times every input: y[c * stride + row - from].
-inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, Inputs& in, bool exact,
-                        float* y, int64_t stride, Strip& strip) {
+inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, Inputs& in, float* y,
+                        int64_t stride, Strip& strip) {
 #if defined(__AVX512VNNI__)
-  if (!exact && arranges(m)) {
-    read_groups(m, strip.readers);
-    return arranged_product(m, in.arrangement(m), strip.readers, from, to - from, y, stride);
+  if (in.bits != 32 && ordered(m))
+    return ordered_product(m, in.in_order(), from, to - from, y, stride, strip.wide);
+  if (in.bits != 32 && arranges(m)) {
+    const bool wide = in.bits == 16;
+    const Arrangement& arranged = in.arrangement(m);
+    read_groups(m, strip.readers, wide);
+    return wide ? arranged_product<true>(m, arranged, strip.readers, from, to - from, y, stride)
+                : arranged_product<false>(m, arranged, strip.readers, from, to - from, y, stride);
   }
 #endif
-  const int block = exact ? 0 : block_of(m);
+  const int block = in.bits == 32 ? 0 : block_of(m);
   const int64_t most = Strip::rows(m.width);
   strip.begin(m);
   for (int64_t row = from; row < to; row += most, y += most) {
@@ -442,14 +506,14 @@ inline void matrix_rows(const Matrix& m, int64_t from, int64_t to, Inputs& in, b
 
 // The same through all parts of a weight, with its bias.
 __attribute__((noinline)) void linear_rows(const Linear& linear, int64_t from, int64_t to, Inputs& in,
-                        bool exact, float* y, int64_t stride, Strip& strip) {
+                        float* y, int64_t stride, Strip& strip) {
   int64_t start = 0;
   for (int64_t p = 0; p < linear.count && start < to; p++) {
     const Matrix& part = linear.parts[p];
     const int64_t first = from > start ? from : start;
     const int64_t end = to < start + part.rows ? to : start + part.rows;
     if (first < end)
-      matrix_rows(part, first - start, end - start, in, exact, y + (first - from), stride, strip);
+      matrix_rows(part, first - start, end - start, in, y + (first - from), stride, strip);
     start += part.rows;
   }
   if (linear.bias)
@@ -475,17 +539,25 @@ __attribute__((noinline)) void linear_decode(const Linear& linear, int64_t from,
   }
 }
 
-// Pieces of `rows` that members take as they come, so that a slow core gets fewer of them.
+// Pieces of `rows`: three quarters are shared out from the start, which each member reads in order;
+// the rest members take as they come, so that a slow core gets fewer of them.
 struct Pieces {
   int64_t* counter;
-  int64_t rows, size;
+  int64_t rows, next, end, shared, size;
 
-  Pieces(int64_t* counter, int64_t rows, const Team* team) : counter(counter), rows(rows) {
-    size = up_to(rows / (team_size(team) * 8) + 1, 16);
-    size = size > kRows ? kRows : size;
+  Pieces(int64_t* counter, int64_t rows, const Team* team, int member)
+      : counter(counter), rows(rows) {
+    const int64_t members = team_size(team), share = rows * 3 / (4 * members) / 16 * 16;
+    next = share * member, end = next + share, shared = share * members;
+    size = (rows - shared) / (members * 8) / 16 * 16;
+    size = size < 16 ? 16 : size > kRows ? kRows : size;
   }
   bool take(int64_t* from, int64_t* to) {
-    *from = __atomic_fetch_add(counter, size, __ATOMIC_RELAXED);
+    if (next < end) {
+      *from = next, *to = next = next + kRows < end ? next + kRows : end;
+      return true;
+    }
+    *from = shared + __atomic_fetch_add(counter, size, __ATOMIC_RELAXED);
     *to = *from + size < rows ? *from + size : rows;
     return *from < rows;
   }
@@ -499,10 +571,10 @@ void matmul_job(void* what, int member, Team* team) {
   Strip strip(space, linear.width);
   Inputs in(space, job->n, linear.width);
   in.set(job->x, job->n, linear.width);
-  if (wants_integers(linear, job->exact)) in.round();
-  Pieces pieces(&job->counter, linear.rows, team);
+  in.round(wants_integers(linear) ? job->activations : 32);
+  Pieces pieces(&job->counter, linear.rows, team, member);
   for (int64_t from, to; pieces.take(&from, &to);)
-    linear_rows(linear, from, to, in, job->exact, job->y + from, linear.rows, strip);
+    linear_rows(linear, from, to, in, job->y + from, linear.rows, strip);
 }
 
 void decode_job(void* what, int member, Team* team) {
@@ -510,7 +582,7 @@ void decode_job(void* what, int member, Team* team) {
   const Linear& linear = *job->linear;
   Space space = {(char*)team_scratch(team, member, Strip::room(linear.width))};
   Strip strip(space, linear.width);
-  Pieces pieces(&job->counter, job->to - job->from, team);
+  Pieces pieces(&job->counter, job->to - job->from, team, member);
   for (int64_t from, to; pieces.take(&from, &to);)
     linear_decode(linear, job->from + from, job->from + to, job->out + from * linear.width, strip);
 }

@@ -200,12 +200,36 @@ inline void unpack(const Integers& from, int64_t row, int64_t count, uint8_t* ou
 
 // ---- integer products -------------------------------------------------------------------------
 
+#if defined(__AVX512VNNI__)
+// Sums of four neighbours of weights times (256 high + low).
+inline __m512i wide_products(__m512i weights, __m512i high, __m512i low) {
+  const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, high);
+  return _mm512_dpbusd_epi32(_mm512_slli_epi32(products, 8), weights, low);
+}
+
+// y[r]: all lanes of v[r] added up.
+template <int rows>
+inline void sums_of(const __m512* v, float* y) {
+  if constexpr (rows == 4) {
+    __m256 halved[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+      halved[r] = _mm256_add_ps(_mm512_castps512_ps256(v[r]), _mm512_extractf32x8_ps(v[r], 1));
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halved[0], halved[1]),
+                                        _mm256_hadd_ps(halved[2], halved[3]));
+    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+  } else {
+    for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(v[r]);
+  }
+}
+#endif
+
 #if !defined(__AVX512VNNI__)
 // One row of what `scaled_dots` does.
 template <int block>
-inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, const float* unit,
-                        const float* zero, float factor, const float* sum, int64_t width,
-                        bool full) {
+inline float scaled_dot(const uint8_t* q, const int8_t* x, const int8_t* low, const float* scale,
+                        const float* unit, const float* zero, float factor, const float* sum,
+                        int64_t width, bool full) {
   const int64_t blocks = (width + block - 1) / block;
   float below = 0, total = 0;
 #pragma omp simd reduction(+ : below)
@@ -219,18 +243,21 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
       memcpy(tail, q + i, width - i);
     }
     const __m256i weights = _mm256_loadu_si256((const __m256i*)(width - i < 32 ? tail : q + i));
-    const __m256i inputs = _mm256_loadu_si256((const __m256i*)(x + i));
-    __m256i products;
-    if (full) {  // two products of 8 bits may not fit into 16
+    auto times = [&](const int8_t* from, int16_t each) {
+      const __m256i inputs = _mm256_loadu_si256((const __m256i*)(from + i));
+      if (!full) return _mm256_madd_epi16(_mm256_maddubs_epi16(weights, inputs),
+                                          _mm256_set1_epi16(each));
+      // two products of 8 bits may not fit into 16
       const __m256i even = _mm256_set1_epi16(255);
       const __m256i first = _mm256_madd_epi16(_mm256_and_si256(weights, even),
                                               _mm256_srai_epi16(_mm256_slli_epi16(inputs, 8), 8));
       const __m256i second =
           _mm256_madd_epi16(_mm256_srli_epi16(weights, 8), _mm256_srai_epi16(inputs, 8));
-      products = _mm256_add_epi32(first, second);
-    } else {
-      products = _mm256_madd_epi16(_mm256_maddubs_epi16(weights, inputs), _mm256_set1_epi16(1));
-    }
+      const __m256i both = _mm256_add_epi32(first, second);
+      return each == 1 ? both : _mm256_slli_epi32(both, 8);
+    };
+    const __m256i products =
+        low ? _mm256_add_epi32(times(x, 256), times(low, 1)) : times(x, 1);
     const int64_t b = i / block;
     const __m256 scales = block == 32
                               ? _mm256_set1_ps(scale[b] * unit[b])
@@ -245,9 +272,10 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
   (void)full;
   for (int64_t b = 0; b < blocks; b++) {
     const int64_t end = (b + 1) * block < width ? (b + 1) * block : width;
-    int32_t products = 0;
+    int32_t products = 0, small = 0;
     for (int64_t j = b * block; j < end; j++) products += (int32_t)q[j] * x[j];
-    total += scale[b] * unit[b] * (float)products;
+    for (int64_t j = b * block; low && j < end; j++) small += (int32_t)q[j] * low[j];
+    total += scale[b] * unit[b] * (float)(low ? 256 * products + small : products);
   }
 #endif
   return total - factor * below;
@@ -256,14 +284,15 @@ inline float scaled_dot(const uint8_t* q, const int8_t* x, const float* scale, c
 
 // `rows` rows of integers (some of 128 or more if `full`) times a row of inputs:
 //   sum over blocks b of scale[b] unit[b] (sum over i in b of q[i] x[i]) - factor zero[b] sum[b]
+// where with `low` 256 x[i] + low[i] stands for x[i].
 // A block is 16 or 32 columns. x is zero from the width to a multiple of 64, all that belongs to
 // blocks is finite up to a multiple of 16 of them, and zero and sum are zero there. A row of q ends
 // at `width`; with `nibbles` it is a plane of 4 bits, whose halves are whole blocks. Scales and
 // zeros go on by `pitch` from row to row.
 template <int block, bool nibbles, int rows>
-inline void scaled_dots(const uint8_t* q, int64_t q_pitch, const int8_t* x, const float* scale,
-                        const float* unit, const float* zero, int64_t pitch, float factor,
-                        const float* sum, int64_t width, bool full, float* y) {
+inline void scaled_dots(const uint8_t* q, int64_t q_pitch, const int8_t* x, const int8_t* low,
+                        const float* scale, const float* unit, const float* zero, int64_t pitch,
+                        float factor, const float* sum, int64_t width, bool full, float* y) {
   const int64_t blocks = (width + block - 1) / block;
 #if defined(__AVX512VNNI__)
   (void)full;
@@ -284,8 +313,9 @@ inline void scaled_dots(const uint8_t* q, int64_t q_pitch, const int8_t* x, cons
                        : _mm_loadu_ps(from + i / 16);
   };
   auto add = [&](int r, __m512i weights, int64_t i) {
-    const __m512i products = _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights,
-                                                 _mm512_loadu_si512(x + i));
+    const __m512i products =
+        low ? wide_products(weights, _mm512_loadu_si512(x + i), _mm512_loadu_si512(low + i))
+            : _mm512_dpbusd_epi32(_mm512_setzero_si512(), weights, _mm512_loadu_si512(x + i));
     const __m128 scales = _mm_mul_ps(few(scale + r * pitch, i), few(unit, i));
     sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(products),
                               _mm512_permutexvar_ps(places, _mm512_castps128_ps512(scales)),
@@ -309,24 +339,12 @@ inline void scaled_dots(const uint8_t* q, int64_t q_pitch, const int8_t* x, cons
     for (; i + 64 <= n; i += 64) piece(r, _mm512_loadu_si512(own + i), i);
     if (i < n) piece(r, _mm512_maskz_loadu_epi8(first(n - i), own + i), i);
   }
-  if (rows == 4) {
-    __m256 halved[4];
-#pragma GCC unroll 4
-    for (int r = 0; r < 4; r++)
-      halved[r] = _mm256_add_ps(_mm512_castps512_ps256(sums[r % rows]),
-                                _mm512_extractf32x8_ps(sums[r % rows], 1));
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halved[0], halved[1]),
-                                        _mm256_hadd_ps(halved[2], halved[3]));
-    _mm_storeu_ps(y, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-  } else {
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) y[r] = _mm512_reduce_add_ps(sums[r]);
-  }
+  sums_of<rows>(sums, y);
 #else
 #pragma GCC unroll 4
   for (int r = 0; r < rows; r++) {
-    y[r] = scaled_dot<block>(q + r * q_pitch, x, scale + r * pitch, unit, zero + r * pitch, factor,
-                             sum, width, full);
+    y[r] = scaled_dot<block>(q + r * q_pitch, x, low, scale + r * pitch, unit, zero + r * pitch,
+                             factor, sum, width, full);
   }
   (void)blocks;
 #endif
