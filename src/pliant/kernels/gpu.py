@@ -47,7 +47,7 @@ _FEW = 64  # rows of x up to which weights are better decoded on the way than to
 def group(x: Tensor, code: Code) -> Tensor:
     """x [n, in] times a group code; [n, out] in x.dtype."""
     assert isinstance(code, GroupInt | GroupLevels)
-    if not _wanted() or (torch.is_grad_enabled() and x.requires_grad):
+    if not wanted() or (torch.is_grad_enabled() and x.requires_grad):
         return reference.by_row_tiles(x, code)
     library = _library(x, code)
     if library is not None:
@@ -84,7 +84,7 @@ def _decoded(x: Tensor, code: GroupInt | GroupLevels, rows: slice) -> Tensor:
 def total(x: Tensor, code: Code) -> Tensor:
     """A group code with a low-rank and a sparse term added in its launch; other sums by parts."""
     assert isinstance(code, Sum)
-    if not _wanted():
+    if not wanted():
         return reference.total(x, code)
     base, low, sparse, rest = _split(code)
     library = None if base is None else _library(x, base, terms=bool(low or sparse))
@@ -167,7 +167,8 @@ def _counters(device: torch.device, stream: int) -> Tensor:
     return torch.zeros(2, dtype=torch.int32, device=device)
 
 
-def _wanted() -> bool:
+def wanted() -> bool:
+    """Whether the kernels of this file are turned on, and Triton is there."""
     return os.environ.get("PLIANT_GPU_KERNELS") == "1" and _triton()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ from pliant.model.target import Target, find_targets
 class CodedWeight(WeightStandIn):
     """A module's weight held as one code, or as one code for each slice of its rows."""
 
+    changes: ClassVar[int] = 0  # of all weights so far: what depends on codes need not look at each
+
     def __init__(self, parts: list[Code], dtype: torch.dtype, transposed: bool) -> None:
         rows = sum(part.shape[0] for part in parts)
         super().__init__((rows, parts[0].shape[1]), dtype, transposed)
@@ -38,6 +40,7 @@ class CodedWeight(WeightStandIn):
 
     def replace(self, part: int, code: Code) -> None:
         """Put `code` in the place of one part; what runs next uses it."""
+        CodedWeight.changes += 1
         parts = [*self._parts[:part], code, *self._parts[part + 1 :]]
         self._parts, self.code = parts, code if len(parts) == 1 else RowStack(tuple(parts))
 
@@ -64,6 +67,7 @@ class CodedWeight(WeightStandIn):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedWeight:
         """Follow the module to another device; a code keeps its own dtypes."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        CodedWeight.changes += 1
         moved = fn(torch.empty(0, dtype=self.dtype, device=self.device))
         self.dtype = moved.dtype
         if moved.device != self.device:

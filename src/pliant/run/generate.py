@@ -88,11 +88,14 @@ class Memory:
 
         They are the caller's until the next call.
         """
-        if len(tokens) == 1 and self._step and self._step(tokens[0], self.cache, self._logits):
-            self.tokens += tokens
-            return self._logits
-        logits = torch.empty(0)
         device = self.model.get_input_embeddings().weight.device
+        if len(tokens) == 1 and self._step:
+            if self._logits.device != device:
+                self._logits = self._logits.to(device)
+            if self._step(tokens[0], self.cache, self._logits):
+                self.tokens += tokens
+                return self._logits
+        logits = torch.empty(0)
         for start in range(0, len(tokens), chunk):
             piece = list(tokens[start : start + chunk])
             keep = {"logits_to_keep": 1} if self._logits_to_keep else {}

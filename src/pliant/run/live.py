@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,25 +12,33 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from pliant.cache import DenseCache
 from pliant.codes.base import one_thread
+from pliant.kernels import gpu
 from pliant.kernels.activations import rounding_is_on
 from pliant.kernels.cpu import integer_activations, multiplies_words
 from pliant.kernels.cpu.structs import Unsuited
 from pliant.ladder import LiveModel
 from pliant.ladder import load as open_model
 from pliant.ladder.live import Plan
+from pliant.model.coded import CodedWeight
 from pliant.model.heap import release
 from pliant.plan.memory import PREFILL_CHUNK
 from pliant.run.step import NativeStep
+
+if TYPE_CHECKING:
+    from pliant.run.gpu_step import GraphStep
 
 
 class RunningModel(LiveModel):
     """A live model whose `generate` uses a cache of the planned size and prefills in chunks.
 
-    On a CPU single tokens go through the native step where it knows the model and its codes.
+    Single tokens go through a step of their own where it knows the model and its codes: the native
+    one on a CPU, a CUDA graph on a GPU (with PLIANT_GPU_KERNELS=1).
     """
 
     _step: NativeStep | None = None
     _step_of: Plan | None = None  # the plan that `_step` (or its absence) is of
+    _graph: Any = None  # a GraphStep; transformers evaluates annotations, and Triton may be absent
+    _graph_of: tuple[Plan, int] | None = None  # the plan and changes that `_graph` is of
 
     def new_cache(self) -> DenseCache:
         """An empty cache of the planned context and batch."""
@@ -40,8 +48,12 @@ class RunningModel(LiveModel):
     def step(self, token: int, cache: Any, logits: Tensor) -> bool:
         """One more token of the sequence in `cache`, natively; `logits` [vocabulary] is written.
 
-        False, and nothing done, where only the forward of transformers can do it.
+        logits: float32, where the model is. False, and nothing done, where only the forward of
+        transformers can do it.
         """
+        if logits.is_cuda:
+            graph = self.graph_step()
+            return graph is not None and graph.run(token, cache, logits)
         native = self._native()
         return native is not None and native.run(token, cache, logits)
 
@@ -72,6 +84,20 @@ class RunningModel(LiveModel):
                 self._step = NativeStep(self)
         return None if self._step is None or self._step.hooked() else self._step
 
+    def graph_step(self) -> GraphStep | None:
+        """The step on a GPU, for what the model holds now; None where there is none."""
+        if not gpu.wanted() or rounding_is_on():
+            return None
+        made_of = (self.plan, CodedWeight.changes)
+        if self._graph_of != made_of if self._graph is None else self._graph.outdated():
+            from pliant.run.gpu_step import GraphStep
+
+            self._graph, self._graph_of = None, made_of
+            with suppress(Unsuited):
+                self._graph = GraphStep(self)
+        made: GraphStep | None = self._graph
+        return made
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, fit for its size.
 
@@ -90,7 +116,8 @@ class RunningModel(LiveModel):
             release()
             return output
         if not args[1:] and ids.numel() == 1 and _plain(kwargs, cache, 1):
-            logits = torch.empty(self.config.vocab_size)  # type: ignore[attr-defined]
+            config: Any = self.config  # type: ignore[attr-defined]
+            logits = torch.empty(config.vocab_size, device=ids.device)
             if self.step(int(ids), cache, logits):
                 return CausalLMOutputWithPast(logits=logits[None, None], past_key_values=cache)
         with one_thread(), integer_activations():

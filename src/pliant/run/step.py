@@ -10,23 +10,17 @@ are used.
 from __future__ import annotations
 
 import ctypes
-import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
-from pliant.codes import Code, Dense
 from pliant.kernels.cpu import PIECE, activation_bits, aligned, pages
 from pliant.kernels.cpu.build import library
 from pliant.kernels.cpu.structs import Layer, Linear, Step, Unsuited, address, linear
-from pliant.model.coded import CodedWeight
-
-_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # frequencies that no length changes
-_ATTENTION = ("pliant_sdpa", "sdpa", "eager")
+from pliant.run.family import Description, Product
 
 
 class NativeStep:
@@ -40,29 +34,19 @@ class NativeStep:
         if native is None:
             raise Unsuited("there are no native kernels")
         self._native = native
-        self._modules: list[tuple[dict[str, nn.Module | None], str, nn.Module]] = []
-        self._weights: list[CodedWeight] = []
-        self._codes: list[weakref.ref[Code]] = []
-        self._fixed: list[tuple[Tensor, int]] = []
-        self._hooks: list[dict[int, Any]] = []
+        self._parts = Description(model, torch.device("cpu"), (torch.float32,))
         self._bound: tuple[Any, ...] | None = None
         self.vocabulary = 0
-        self._describe(model)
-        pages.collapse(
-            tensor for weight in self._weights for tensor in weight.code.tensors().values()
-        )
+        self._describe()
+        pages.collapse(t for code in self._parts.codes() for t in code.tensors().values())
 
     def current(self) -> bool:
         """Whether the model still is what was described: its modules, codes and tensors."""
-        return (
-            all(inside[name] is module for inside, name, module in self._modules)
-            and [weight.code for weight in self._weights] == [code() for code in self._codes]
-            and all(tensor.data_ptr() == place for tensor, place in self._fixed)
-        )
+        return self._parts.current()
 
     def hooked(self) -> bool:
         """Whether someone wants to see what passes through a module."""
-        return any(self._hooks)
+        return self._parts.hooked()
 
     def run(self, token: int, cache: Any, logits: Tensor) -> bool:
         """Append one token to `cache`, write what follows to `logits` (float32 [vocabulary]).
@@ -71,7 +55,7 @@ class NativeStep:
         """
         if not 0 <= token < self.vocabulary or not self._bind(cache):
             return False
-        codes = [weight.code for weight in self._weights]  # they stay until the call is over
+        codes = self._parts.codes()  # they stay until the call is over
         to = address(logits, (self.vocabulary,), torch.float32)
         position = cache.layers[0].length
         self._step.activations = activation_bits(eight=True)
@@ -96,7 +80,7 @@ class NativeStep:
             return False
         if not self._begin(cache) or not self._bind(cache, n):
             return False
-        codes = [weight.code for weight in self._weights]
+        codes = self._parts.codes()
         last = 0 if alone else len(out)
         shape = (self.vocabulary,) if alone else (min(last, n), self._step.hidden)
         to = address(out, shape, torch.float32)
@@ -156,116 +140,28 @@ class NativeStep:
             self._bound = (shape, places)
         return first.keys.device.type == "cpu"
 
-    def _describe(self, model: Any) -> None:
-        config = model.config
-        family = config.model_type
-        body = getattr(model, "model", None)
-        if family not in _FAMILIES or body is None or model.training:
-            raise Unsuited(family)
-        if config.hidden_act != "silu" or config._attn_implementation not in _ATTENTION:
-            raise Unsuited(f"{config.hidden_act}, {config._attn_implementation}")
-        self._home = f"transformers.models.{family}.modeling_{family}"
-        name = type(model).__name__
-        if type(model).__module__ != self._home or not name.endswith("ForCausalLM"):
-            raise Unsuited(name)
-        self._module(model, "model")
-        rotary = self._module(body, "rotary_emb")
-        if rotary.rope_type not in _FIXED_ROPE:
-            raise Unsuited(f"rotary positions of type {rotary.rope_type}")
-        layers = self._module(body, "layers", nn.ModuleList)
-        attention = layers[0].self_attn
-        heads = config.num_attention_heads
-        kv_heads, dim = config.num_key_value_heads, attention.head_dim
-        self._layers = (Layer * len(layers))()
+    def _describe(self) -> None:
+        parts = self._parts
+        self._layers = (Layer * len(parts.blocks))()
         step = self._step = Step(
-            layers=self._layers, layer_count=len(layers), hidden=config.hidden_size,
-            heads=heads, kv_heads=kv_heads, head_dim=dim, inner=config.intermediate_size,
-            epsilon=config.rms_norm_eps, rope_scale=rotary.attention_scaling,
-            score_scale=attention.scaling,
+            layers=self._layers, layer_count=len(parts.blocks), hidden=parts.hidden,
+            heads=parts.heads, kv_heads=parts.kv_heads, head_dim=parts.head_dim, inner=parts.inner,
+            epsilon=parts.epsilon, rope_scale=parts.rope_scale, score_scale=parts.score_scale,
         )  # fmt: skip
-        if heads % kv_heads or dim % 2:
-            raise Unsuited(f"{heads} heads of {dim} over {kv_heads}")
-        step.inverse_frequencies = self._tensor(rotary.inv_freq, dim // 2)
-        for i, layer in enumerate(layers):
-            self._module(layers, str(i))
-            self._describe_layer(self._layers[i], layer)
-        step.final_norm = self._norm(body, "norm", config.hidden_size)
-        embedding = self._module(body, "embed_tokens", nn.Embedding)
-        step.embedding = self._linear(embedding, config.vocab_size, config.hidden_size)
-        head = self._module(model, "lm_head", nn.Linear)
-        step.head = self._linear(head, config.vocab_size, config.hidden_size)
-        self.vocabulary = config.vocab_size
+        step.inverse_frequencies = parts.frequencies.data_ptr()
+        for made, block in zip(self._layers, parts.blocks, strict=True):
+            for name in ("q", "k", "v", "o", "gate", "up", "down"):
+                setattr(made, name, self._linear(getattr(block, name)))
+            for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm"):
+                norm = getattr(block, name)
+                setattr(made, name, None if norm is None else norm.data_ptr())
+        step.final_norm = parts.final_norm.data_ptr()
+        step.embedding, step.head = self._linear(parts.embedding), self._linear(parts.head)
+        self.vocabulary = parts.vocabulary
         self._shared = torch.empty(self._native.pliant_shared_floats(ctypes.byref(step)) + 16)
         step.shared = -(-self._shared.data_ptr() // 64) * 64
-        self._counters = (ctypes.c_int64 * (4 * len(layers) + 1))()
+        self._counters = (ctypes.c_int64 * (4 * len(parts.blocks) + 1))()
         step.counters = ctypes.addressof(self._counters)
 
-    def _describe_layer(self, made: Layer, layer: Any) -> None:
-        step = self._step
-        attention, mlp = self._module(layer, "self_attn"), self._module(layer, "mlp")
-        if getattr(attention, "sliding_window", None) is not None:
-            raise Unsuited("a sliding window")
-        if (attention.head_dim, attention.scaling) != (step.head_dim, self._scaling(attention)):
-            raise Unsuited("layers of different heads")
-        outer, kv = step.heads * step.head_dim, step.kv_heads * step.head_dim
-        for name, owner, out, width in (
-            ("q", attention, outer, step.hidden),
-            ("k", attention, kv, step.hidden),
-            ("v", attention, kv, step.hidden),
-            ("o", attention, step.hidden, outer),
-            ("gate", mlp, step.inner, step.hidden),
-            ("up", mlp, step.inner, step.hidden),
-            ("down", mlp, step.hidden, step.inner),
-        ):
-            module = self._module(owner, f"{name}_proj", nn.Linear)
-            setattr(made, name, self._linear(module, out, width))
-        made.attention_norm = self._norm(layer, "input_layernorm", step.hidden)
-        made.mlp_norm = self._norm(layer, "post_attention_layernorm", step.hidden)
-        if hasattr(attention, "q_norm"):
-            made.query_norm = self._norm(attention, "q_norm", step.head_dim)
-            made.key_norm = self._norm(attention, "k_norm", step.head_dim)
-
-    def _scaling(self, attention: Any) -> float:
-        """The scale of this layer's scores, if it is the step's (which has it as a float32)."""
-        same = ctypes.c_float(attention.scaling).value == self._step.score_scale
-        return float(attention.scaling) if same else float("nan")
-
-    def _module(self, owner: Any, name: str, kind: type[nn.Module] | None = None) -> Any:
-        """A submodule of transformers' own class (or of exactly `kind`), to be watched."""
-        module = owner._modules.get(name)
-        known = type(module) is kind if kind else type(module).__module__ == self._home
-        if module is None or not known:
-            raise Unsuited(f"{name} is a {type(module).__name__}")
-        self._modules.append((owner._modules, name, module))
-        self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-        return module
-
-    def _linear(self, module: Any, out: int, width: int) -> Linear:
-        weight = module.weight
-        if isinstance(weight, CodedWeight):
-            if weight.transposed:
-                raise Unsuited("a transposed weight")
-            code = weight.code
-            self._weights.append(weight)
-            self._codes.append(weakref.ref(code))
-        else:
-            self._tensor(weight, out, width)
-            code = Dense(weight.detach())
-        if code.shape != (out, width):
-            raise Unsuited(f"{code.shape} where {(out, width)} is expected")
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            self._tensor(bias, out)
-        return linear(code, bias)
-
-    def _norm(self, owner: Any, name: str, width: int) -> int:
-        module = self._module(owner, name)
-        if ctypes.c_float(module.variance_epsilon).value != self._step.epsilon:
-            raise Unsuited("norms of different epsilons")
-        return self._tensor(module.weight, width)
-
-    def _tensor(self, tensor: Tensor, *shape: int) -> int:
-        """The address of a float32 tensor, to be watched."""
-        place = address(tensor, shape, torch.float32)
-        self._fixed.append((tensor, place))
-        return place
+    def _linear(self, product: Product) -> Linear:
+        return linear(product.code, product.bias)
