@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -32,3 +33,10 @@ def test_a_cache_that_cannot_be_written_costs_only_time(own_cache, monkeypatch):
     (own_cache / "file").write_text("")
     monkeypatch.setenv("PLIANT_CACHE", str(own_cache / "file" / "below"))
     assert bandwidth("cpu").bytes_per_second > 0
+
+
+def test_measuring_again_keeps_what_the_machine_could_do(monkeypatch):
+    module = sys.modules["pliant.plan.bandwidth"]
+    for measured, kept in ((2e10, 2e10), (5e9, 2e10), (4e10, 4e10)):
+        monkeypatch.setattr(module, "_measure", lambda place, measured=measured: measured)
+        assert bandwidth("cpu", refresh=True).bytes_per_second == kept

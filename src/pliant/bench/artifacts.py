@@ -48,7 +48,7 @@ def bench_artifact(
     costs = costs_of_artifact(
         artifact, device, progress=progress and (lambda d, of: progress("this machine", d, of))
     )
-    ceiling = bandwidth(device).bytes_per_second
+    ceiling = bandwidth(device, refresh=True).bytes_per_second
     model = load(artifact.directory, weights=plans[0].weight_bytes, context=plans[0].context)
     model.to(device)
     rows: list[dict[str, Any]] = []

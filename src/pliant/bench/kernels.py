@@ -35,7 +35,7 @@ def bench_kernels(
     shapes = shapes or (SHAPES[:1] if quick else SHAPES)
     batches = batches or (BATCHES[:2] if quick else BATCHES)
     seconds = QUICK_SECONDS if quick else SECONDS
-    ceiling = bandwidth(device).bytes_per_second
+    ceiling = bandwidth(device, refresh=True).bytes_per_second
     rows: list[dict[str, Any]] = []
     of = len(shapes) * len(COMMON) * len(batches)
     for shape, (name, sample) in product(shapes, COMMON.items()):
