@@ -23,7 +23,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def memory_of_a_gigabyte(monkeypatch):
     for place in (artifacts, kernels):
-        monkeypatch.setattr(place, "bandwidth", lambda device: Bandwidth("imagined", 1e9))
+        monkeypatch.setattr(place, "bandwidth", lambda device, refresh: Bandwidth("imagined", 1e9))
 
 
 def pace(model, prompt, answer, repeats):
