@@ -19,6 +19,7 @@ import os
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,25 @@ PROMPT, ANSWER = 256, 64
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    given = parsed(__doc__ or "")
+    rows = []
+    for name, gguf, model in sides(given):
+        rounds = [
+            {
+                "llama": llama(given.llama, gguf, given.threads),
+                "pliant": ours(model, "int8"),
+                "default": ours(model, "default"),
+            }
+            for _ in range(given.rounds)
+        ]
+        rows.append(summary(name, gguf.stat().st_size, model.plan.weight_bytes, rounds))
+        print(json.dumps(rows[-1] | {"rounds": None}), flush=True)
+    write(rows, given.threads)
+
+
+def parsed(doc: str) -> Any:
+    """What this bench and bench/prefill.py are given; torch takes as many threads."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--source", default=str(Path.home() / ".cache/pliant/smollm2-regrid"))
     parser.add_argument("--llama", type=Path, required=True)
     parser.add_argument("--gguf", type=Path, required=True)
@@ -46,24 +65,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    rows = []
+    return given
+
+
+def sides(given: Any) -> Iterator[tuple[str, Path, Any]]:
+    """Each type's name, llama.cpp's file of it, and our model in the same bytes."""
     with tempfile.TemporaryDirectory() as work:
         for name, bits in TYPES.items():
             gguf = Path(work) / f"{name}.gguf"
             quantize = [given.llama / "bin/llama-quantize", "--pure", given.gguf, gguf, name]
             subprocess.run(quantize, check=True, capture_output=True)
-            model = load(uniform(given.source, Path(work) / name, bits), weights="1GiB")
-            rounds = [
-                {
-                    "llama": llama(given.llama, gguf, given.threads),
-                    "pliant": ours(model, "int8"),
-                    "default": ours(model, "default"),
-                }
-                for _ in range(given.rounds)
-            ]
-            rows.append(summary(name, gguf.stat().st_size, model.plan.weight_bytes, rounds))
-            print(json.dumps(rows[-1] | {"rounds": None}), flush=True)
-    write(rows, given.threads)
+            yield name, gguf, load(uniform(given.source, Path(work) / name, bits), weights="1GiB")
 
 
 def uniform(source: str, out: Path, bits: int) -> Path:
@@ -98,16 +110,22 @@ def ours(model: Any, activations: str) -> dict[str, float]:
 
 def llama(build: Path, gguf: Path, threads: int) -> dict[str, float]:
     """A prompt, and an answer behind so long a prompt, as ours is measured."""
-    common = [build / "bin/llama-bench", "-m", gguf, "-t", str(threads), "-r", "3", "-o", "json"]
     found = {}
     for kind, options in (
         ("prefill", ["-p", str(PROMPT), "-n", "0"]),
         ("decode", ["-p", "0", "-n", str(ANSWER), "-d", str(PROMPT)]),
     ):
-        said = subprocess.run([*common, *options], check=True, capture_output=True, text=True)
-        (test,) = json.loads(said.stdout)
+        (test,) = llama_bench(build, gguf, threads, options)
         found[kind] = statistics.median(test["samples_ts"])
     return found
+
+
+def llama_bench(build: Path, gguf: Path, threads: int, options: list[str]) -> list[dict[str, Any]]:
+    """What llama-bench says of each of its tests, three samples of each."""
+    command = [build / "bin/llama-bench", "-m", gguf, "-t", str(threads), "-r", "3", "-o", "json"]
+    said = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+    tests: list[dict[str, Any]] = json.loads(said.stdout)
+    return tests
 
 
 def summary(name: str, theirs: int, ours: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:

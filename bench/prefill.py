@@ -10,49 +10,31 @@ column is Pliant with products in float32 (PLIANT_NATIVE=exact).
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from decode import RESULTS, TYPES, uniform
+from decode import RESULTS, llama_bench, parsed, sides
 from pliant.measure.speed import speed
-from pliant.run import load
 
 PROMPTS = (256, 512)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--source", default=str(Path.home() / ".cache/pliant/smollm2-regrid"))
-    parser.add_argument("--llama", type=Path, required=True)
-    parser.add_argument("--gguf", type=Path, required=True)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    given = parsed(__doc__ or "")
     rows = []
-    with tempfile.TemporaryDirectory() as work:
-        for name, bits in TYPES.items():
-            gguf = Path(work) / f"{name}.gguf"
-            quantize = [given.llama / "bin/llama-quantize", "--pure", given.gguf, gguf, name]
-            subprocess.run(quantize, check=True, capture_output=True)
-            model = load(uniform(given.source, Path(work) / name, bits), weights="1GiB")
-            rounds: list[dict[str, dict[int, float]]] = [
-                {
-                    "llama": llama(given.llama, gguf, given.threads),
-                    "pliant": ours(model, ""),
-                    "float32": ours(model, "exact"),
-                }
-                for _ in range(given.rounds)
-            ]
-            rows += [summary(name, prompt, rounds) for prompt in PROMPTS]
+    for name, gguf, model in sides(given):
+        rounds: list[dict[str, dict[int, float]]] = [
+            {
+                "llama": llama(given.llama, gguf, given.threads),
+                "pliant": ours(model, ""),
+                "float32": ours(model, "exact"),
+            }
+            for _ in range(given.rounds)
+        ]
+        rows += [summary(name, prompt, rounds) for prompt in PROMPTS]
     write(rows, given.threads)
 
 
@@ -62,10 +44,9 @@ def ours(model: Any, how: str) -> dict[int, float]:
 
 
 def llama(build: Path, gguf: Path, threads: int) -> dict[int, float]:
-    command = [build / "bin/llama-bench", "-m", gguf, "-t", str(threads),
-               "-p", ",".join(map(str, PROMPTS)), "-n", "0", "-r", "3", "-o", "json"]  # fmt: skip
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {t["n_prompt"]: statistics.median(t["samples_ts"]) for t in json.loads(said)}
+    options = ["-p", ",".join(map(str, PROMPTS)), "-n", "0"]
+    tests = llama_bench(build, gguf, threads, options)
+    return {test["n_prompt"]: statistics.median(test["samples_ts"]) for test in tests}
 
 
 def summary(name: str, prompt: int, rounds: list[dict[str, dict[int, float]]]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from one_size import bytes_at
 from pliant.api import opened
 from pliant.codes import Dense
 from pliant.fit import default_recipe, fit
-from pliant.fit.recipe import Tune
+from pliant.fit.recipe import Search, Tune
 from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.measure import Reference
@@ -69,7 +69,7 @@ def untrained(checkpoint: Checkpoint, arguments: Any, work: Path) -> Path:
     out = work / "rough"
     if not (out / "ladder.json").exists():
         recipe = default_recipe("best", text=arguments.text, gpu=arguments.device == "cuda")
-        search = recipe.search.model_copy(update={"measurements": 16})  # as before training
+        search = Search(measurements=recipe.search.measurements // 3)  # as `fit` before it trains
         recipe = recipe.model_copy(update={"tune": Tune(), "search": search})
         memory = checkpoint.nbytes * 9 // 10  # the original itself must not fit
         fit(checkpoint.directory, memory, out, context=LENGTH, recipe=recipe,

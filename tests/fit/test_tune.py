@@ -16,9 +16,18 @@ from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.methods import find
 from pliant.methods.latent import latent_of
-from pliant.model import StreamedModel, Target, open_checkpoint
+from pliant.model import Checkpoint, StreamedModel, Target, open_checkpoint
 from pliant.observe import Statistics, write_text
 from tests.fit.tiny import CONTEXT, memory, recipe, sums
+
+
+def fitted(llama: Path, tmp_path: Path) -> tuple[Checkpoint, Artifact]:
+    """The checkpoint, and an artifact of it without training."""
+    checkpoint = open_checkpoint(llama)
+    fit(
+        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
+    )
+    return checkpoint, Artifact.open(tmp_path / "out")
 
 
 @pytest.mark.parametrize("scale_bits", [16, 6])
@@ -69,11 +78,7 @@ def test_the_rate_of_integers_falls_with_their_width() -> None:
 def test_a_captured_pass_gives_the_gradients_of_one_that_is_not(
     llama: Path, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(llama)
-    fit(
-        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
-    )
-    artifact = Artifact.open(tmp_path / "out")
+    checkpoint, artifact = fitted(llama, tmp_path)
     model = StreamedModel(checkpoint, resident=True, device="cuda")
     student = tune_module._Student(model, artifact.ladder, artifact.load_code, {})
     student.go_to(artifact.ladder.smallest_bytes)
@@ -94,11 +99,7 @@ def test_a_captured_pass_gives_the_gradients_of_one_that_is_not(
 def test_tuning_lowers_damage_at_every_size_and_changes_no_size(
     llama: Path, tmp_path: Path
 ) -> None:
-    checkpoint = open_checkpoint(llama)
-    fit(
-        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
-    )
-    artifact = Artifact.open(tmp_path / "out")
+    checkpoint, artifact = fitted(llama, tmp_path)
     model = StreamedModel(checkpoint, resident=True)
     ids = write_text(model, 80, 32, seed=3)
     settings = Tune(steps=80, batch=16, at_once=8, rate=1e-2, scale_rate=5e-3, bits=(0.0, 16.0))
@@ -175,11 +176,7 @@ def test_reconstruction_is_a_stage_that_changes_integers_and_no_bytes(
 
 
 def test_too_little_text_to_tune_on_is_said(llama: Path, tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(llama)
-    fit(
-        llama, memory(checkpoint.config, 90_000), tmp_path / "out", recipe=recipe(), context=CONTEXT
-    )
-    artifact = Artifact.open(tmp_path / "out")
+    checkpoint, artifact = fitted(llama, tmp_path)
     model = StreamedModel(checkpoint, resident=True)
     with pytest.raises(PliantError, match="16 sequences a step; the text has 3"):
         tune(model, artifact.ladder, artifact.load_code, torch.zeros(3, 8, dtype=torch.long),

@@ -276,3 +276,16 @@ class DenseCache(Cache):  # type: ignore[misc]
     def length(self) -> int:
         """Tokens that each sequence has in the cache."""
         return cast(int, self.get_seq_length())
+
+    def takes(self, more: int) -> bool:
+        """Whether all layers are plain ones that have their memory, hold as many tokens each, and
+        have room for `more`: what code that writes into their storage itself relies on.
+        """
+        length = self.length
+        return all(
+            type(layer) is DenseLayer
+            and layer.is_initialized
+            and layer.length == length
+            and length + more <= min(layer.capacity, layer.context)
+            for layer in self.layers
+        )

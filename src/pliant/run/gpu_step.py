@@ -129,12 +129,8 @@ class GraphStep:
         layers = cache.layers
         if len(layers) != len(self._parts.blocks):
             return False
-        length = layers[0].get_seq_length()
-        for layer in layers:
-            if type(layer) is not DenseLayer or not layer.is_initialized:
-                return False
-            if layer.length != length or length + more > min(layer.capacity, layer.context):
-                return False
+        if not cache.takes(more):
+            return False
         places = [side.data_ptr() for layer in layers for side in (layer.keys, layer.values)]
         held = (layers[0].keys.shape, layers[0].keys.dtype, places)
         return held == self._held or self._bind(layers, held)

@@ -118,17 +118,13 @@ class NativeStep:
         """Point the step at the storage of `cache`, if `more` tokens fit into it."""
         if type(cache) is not DenseCache or len(cache.layers) != self._step.layer_count:
             return False
+        if not cache.takes(more):
+            return False
         layers = cache.layers
         first = layers[0]
-        if type(first) is not DenseLayer or not first.is_initialized:
-            return False
         shape = (1, self._step.kv_heads, first.capacity, self._step.head_dim)
         places = []
         for layer in layers:
-            if type(layer) is not DenseLayer or layer.length != first.length:
-                return False
-            if not layer.is_initialized or layer.length + more > min(layer.capacity, layer.context):
-                return False
             for side in (layer.keys, layer.values):
                 if side.shape != shape or side.dtype != torch.bfloat16 or not side.is_contiguous():
                     return False
@@ -138,7 +134,7 @@ class NativeStep:
                 self._layers[i].keys, self._layers[i].values = places[2 * i : 2 * i + 2]
             self._step.capacity = first.capacity
             self._bound = (shape, places)
-        return first.keys.device.type == "cpu"
+        return bool(first.keys.device.type == "cpu")
 
     def _describe(self) -> None:
         parts = self._parts
@@ -158,8 +154,8 @@ class NativeStep:
         step.final_norm = parts.final_norm.data_ptr()
         step.embedding, step.head = self._linear(parts.embedding), self._linear(parts.head)
         self.vocabulary = parts.vocabulary
-        self._shared = torch.empty(self._native.pliant_shared_floats(ctypes.byref(step)) + 16)
-        step.shared = -(-self._shared.data_ptr() // 64) * 64
+        self._shared = aligned(4 * self._native.pliant_shared_floats(ctypes.byref(step)))
+        step.shared = self._shared.data_ptr()
         self._counters = (ctypes.c_int64 * (4 * len(parts.blocks) + 1))()
         step.counters = ctypes.addressof(self._counters)
 
