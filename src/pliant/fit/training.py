@@ -22,6 +22,7 @@ from pliant.observe import write_text
 from pliant.plan.memory import kv_cache_bytes
 
 Progress = Callable[[str, int, int], None]
+_TOGETHER = 512  # sequences written at a time: where memory allows, the same text everywhere
 _SEED = 7  # added to the recipe's: other text than calibration's
 
 
@@ -34,15 +35,14 @@ def training_text(
         kept: Tensor = load_file(path)["ids"]
         return kept
     length, wanted = recipe.calibration.length, recipe.tune.sequences
-    at_once = min(wanted, _at_once(model, length))
+    at_once = min(_TOGETHER, _at_once(model, length))
     parts = [calibration]
     for start in range(0, wanted, at_once):
-        parts.append(
-            write_text(
-                model, min(at_once, wanted - start), length, seed=recipe.seed + _SEED + start,
-                progress=lambda d, of: report("writing training text", d, of),
-            )
-        )  # fmt: skip
+        found = write_text(
+            model, min(at_once, wanted - start), length, seed=recipe.seed + _SEED + start
+        )
+        parts.append(found)
+        report("writing training text", start + len(found), wanted)
     found = torch.cat(parts)
     store(path, {"ids": found})
     return found

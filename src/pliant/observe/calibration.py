@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from pliant.errors import PliantError
 from pliant.model import StreamedModel
+from pliant.observe.stepping import stepper
 
 Progress = Callable[[int, int], None]
 
@@ -44,13 +43,11 @@ def write_text(
         first[:] = start
     ids = torch.empty(sequences, length, dtype=torch.long, device=device)
     ids[:, :1] = first
-    cache: Any = DynamicCache(config=model.config)
+    follow = stepper(model, sequences, length)
     step = first
     with torch.no_grad():
         for position in range(1, length):
-            logits = model.module(
-                input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
+            logits = follow(step, position - 1)
             step = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
             ids[:, position : position + 1] = step
             if progress is not None:
