@@ -23,7 +23,9 @@ KERNELS = cast(BlockKernels, triton_feedback)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (64, 96, 0), (3, 33, 16)])
+@pytest.mark.parametrize(
+    ("out", "width", "group_size"), [(70, 72, 32), (64, 96, 0), (3, 33, 16), (33, 300, 64)]
+)
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, False), (4, True)])
 def test_integers_are_those_of_the_loop(
     out: int, width: int, group_size: int, bits: int, symmetric: bool,
@@ -57,7 +59,7 @@ def _on_cpu(grid: object) -> object:
     return dataclasses.replace(grid, scales=grid.scales.cpu(), zeros=grid.zeros.cpu())  # type: ignore[type-var,attr-defined]
 
 
-@pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (3, 33, 16)])
+@pytest.mark.parametrize(("out", "width", "group_size"), [(70, 72, 32), (3, 33, 16), (5, 300, 64)])
 @pytest.mark.parametrize("tables", [1, 3])
 def test_levels_are_those_of_the_loop(out: int, width: int, group_size: int, tables: int) -> None:
     generator = torch.Generator().manual_seed(out)

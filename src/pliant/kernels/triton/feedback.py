@@ -9,30 +9,63 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32  # columns of a launch
-_ROWS = 64
+BLOCK = 128  # columns of a launch
+_SUB = 32  # of them held at once
+_ROWS = 32  # of a program, which is one warp: what it shares between columns needs no barrier
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(columns, begin, count, rows, row, index):  # type: ignore[no-untyped-def]
-    """The block's columns of a program's rows, [BLOCK, ROWS]."""
-    here = (begin + index).to(tl.int64) * rows
-    held = (index < count)[:, None] & (row < rows)[None, :]
-    return tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+def _part(  # type: ignore[no-untyped-def]
+    columns, errors, factor, begin, at, count, rows, width, row, index, SUB: tl.constexpr
+):
+    """Columns begin + at and after, [SUB, ROWS], less what the launch's earlier errors take."""
+    held = (at + index < count)[:, None] & (row < rows)[None, :]
+    here = (begin + at + index).to(tl.int64) * rows
+    tile = tl.load(columns + here[:, None] + row[None, :], mask=held, other=0.0)
+    for before in range(0, at, SUB):
+        place = (before + index).to(tl.int64)
+        error = tl.load(
+            errors + place[:, None] * rows + row[None, :], mask=(row < rows)[None, :], other=0.0
+        )
+        spread = tl.load(  # [here, before]
+            factor + (begin + place)[None, :] * width + (begin + at + index)[:, None],
+            mask=(at + index < count)[:, None], other=0.0,
+        )  # fmt: skip
+        tile -= tl.dot(spread, error, input_precision="ieee")
+    return tile
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _grid_of(  # type: ignore[no-untyped-def]
+    scales, beside, groups, column, count, rows, row
+):
+    """Scale and zero, or table, [ROWS] of a column's group; of the last one where there is none."""
+    group = tl.load(groups + tl.minimum(column, count - 1)).to(tl.int64)
+    inside = row < rows
+    scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
+    return scale, tl.load(beside + group * rows + row, mask=inside, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _spread_of(factor, column, first, count, width, index):  # type: ignore[no-untyped-def]
+    """The factor's diagonal at a column, and its row at the columns `first` + index behind it."""
+    at = tl.minimum(column, count - 1).to(tl.int64)
+    behind = (first + index > column) & (first + index < count)
+    return (
+        tl.load(factor + at * width + at),
+        tl.load(factor + at * width + first + index, mask=behind, other=0.0),
+    )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _fed(  # type: ignore[no-untyped-def]
-    tile, choice, left, chosen, errors, factor, begin, i, count, rows, width, row, index
+    tile, choice, left, diagonal, spread, chosen, errors, begin, column, rows, row
 ):
-    """Store what column i became; the tile with what is left of it fed to the columns after."""
-    at = (begin + i).to(tl.int64)
-    error = left / tl.load(factor + at * width + at)
-    tl.store(chosen + at * rows + row, choice.to(tl.uint8), mask=row < rows)
-    tl.store(errors + i * rows + row, error, mask=row < rows)
-    spread = tl.load(
-        factor + at * width + begin + index, mask=(index > i) & (index < count), other=0.0
-    )
+    """Store what a column became; the tile with what is left of it fed to the columns after."""
+    error = left / diagonal
+    here = tl.cast(column, tl.int64) * rows + row
+    tl.store(chosen + tl.cast(begin, tl.int64) * rows + here, choice.to(tl.uint8), mask=row < rows)
+    tl.store(errors + here, error, mask=row < rows)
     return tile - spread[:, None] * error[None, :]
 
 
@@ -40,24 +73,30 @@ def _fed(  # type: ignore[no-untyped-def]
 def _feedback(  # type: ignore[no-untyped-def]
     columns, chosen, errors, scales, zeros, groups, factor,
     begin, count, rows, width, top,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    index = tl.arange(0, BLOCK)
-    tile = _tile(columns, begin, count, rows, row, index)
-    for i in range(count):
-        column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
-        group = tl.load(groups + begin + i).to(tl.int64)
-        scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
-        zero = tl.load(zeros + group * rows + row, mask=inside, other=0.0)
-        # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
-        q = tl.floor(column / tl.maximum(scale, 1e-12) + zero + 0.5)
-        q = tl.minimum(tl.maximum(q, 0.0), top)
-        tile = _fed(
-            tile, q, column - (q - zero) * scale,
-            chosen, errors, factor, begin, i, count, rows, width, row, index,
-        )  # fmt: skip
+    index = tl.arange(0, SUB)
+    for at in range(0, count, SUB):
+        tile = _part(columns, errors, factor, begin, at, count, rows, width, row, index, SUB)
+        first, end = begin + at, begin + count
+        scale, zero = _grid_of(scales, zeros, groups, first, end, rows, row)
+        diagonal, spread = _spread_of(factor, first, first, end, width, index)
+        for i in range(tl.minimum(SUB, count - at)):
+            # The next column's are asked for before this one's are used.
+            after = first + i + 1
+            scale_after, zero_after = _grid_of(scales, zeros, groups, after, end, rows, row)
+            diagonal_after, spread_after = _spread_of(factor, after, first, end, width, index)
+            column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
+            # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
+            q = tl.floor(column / tl.maximum(scale, 1e-12) + zero + 0.5)
+            q = tl.minimum(tl.maximum(q, 0.0), top)
+            tile = _fed(
+                tile, q, column - (q - zero) * scale, diagonal, spread,
+                chosen, errors, begin, at + i, rows, row,
+            )  # fmt: skip
+            scale, zero, diagonal, spread = scale_after, zero_after, diagonal_after, spread_after
+        tl.debug_barrier()  # the next columns read these errors
 
 
 def round_block(
@@ -82,7 +121,7 @@ def round_block(
     with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
         _feedback[grid](
             columns, chosen, errors, scales, zeros, groups, factor,
-            begin, count, rows, width, float(top), BLOCK=BLOCK, ROWS=_ROWS,
+            begin, count, rows, width, float(top), SUB=_SUB, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
 
 
@@ -90,26 +129,35 @@ def round_block(
 def _level_feedback(  # type: ignore[no-untyped-def]
     columns, chosen, errors, scales, tables, middles, levels, groups, factor,
     begin, count, rows, width,
-    LEVELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    LEVELS: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < rows
-    index = tl.arange(0, BLOCK)
-    tile = _tile(columns, begin, count, rows, row, index)
-    for i in range(count):
-        column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
-        group = tl.load(groups + begin + i).to(tl.int64)
-        scale = tl.load(scales + group * rows + row, mask=inside, other=1.0)
-        table = tl.load(tables + group * rows + row, mask=inside, other=0)
-        x = column / tl.maximum(scale, 1e-30)
-        place = tl.zeros_like(table)
-        for k in range(LEVELS - 1):
-            place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
-        value = tl.load(levels + table * LEVELS + place) * scale
-        tile = _fed(
-            tile, place, column - value,
-            chosen, errors, factor, begin, i, count, rows, width, row, index,
-        )  # fmt: skip
+    index = tl.arange(0, SUB)
+    for at in range(0, count, SUB):
+        tile = _part(columns, errors, factor, begin, at, count, rows, width, row, index, SUB)
+        first, end = begin + at, begin + count
+        scale, table = _grid_of(scales, tables, groups, first, end, rows, row)
+        diagonal, spread = _spread_of(factor, first, first, end, width, index)
+        for i in range(tl.minimum(SUB, count - at)):
+            after = first + i + 1
+            scale_after, table_after = _grid_of(scales, tables, groups, after, end, rows, row)
+            diagonal_after, spread_after = _spread_of(factor, after, first, end, width, index)
+            column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
+            x = column / tl.maximum(scale, 1e-30)
+            place = tl.zeros_like(table)
+            if LEVELS <= 16:  # all middles are asked for at once
+                for k in tl.static_range(LEVELS - 1):
+                    place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
+            else:
+                for k in range(LEVELS - 1):
+                    place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
+            value = tl.load(levels + table * LEVELS + place) * scale
+            tile = _fed(
+                tile, place, column - value, diagonal, spread,
+                chosen, errors, begin, at + i, rows, row,
+            )  # fmt: skip
+            scale, table, diagonal, spread = scale_after, table_after, diagonal_after, spread_after
+        tl.debug_barrier()  # the next columns read these errors
 
 
 def round_block_to_levels(
@@ -130,5 +178,5 @@ def round_block_to_levels(
     with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
         _level_feedback[(triton.cdiv(rows, _ROWS),)](
             columns, chosen, errors, scales, tables, middles, levels, groups, factor,
-            begin, count, rows, width, LEVELS=levels.shape[1], BLOCK=BLOCK, ROWS=_ROWS,
+            begin, count, rows, width, LEVELS=levels.shape[1], SUB=_SUB, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip
