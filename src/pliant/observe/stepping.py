@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pliant.model import StreamedModel
+from pliant.model.attention import attending_one_query
 
 Follow = Callable[[Tensor, int], Tensor]
 
@@ -101,27 +102,28 @@ class FixedSteps:
         return self._logits
 
     def _step(self) -> Tensor:
-        logits: Tensor = self._module(
-            input_ids=self._ids, position_ids=self._position[None], attention_mask=self._seen,
-            past_key_values=self._cache, use_cache=True, logits_to_keep=1,
-        ).logits  # fmt: skip
+        with attending_one_query(self._module):
+            logits: Tensor = self._module(
+                input_ids=self._ids, position_ids=self._position[None], attention_mask=self._seen,
+                past_key_values=self._cache, use_cache=True, logits_to_keep=1,
+            ).logits  # fmt: skip
         return logits[:, -1]
 
     @torch.no_grad()
     def capture(self) -> bool:
         """Whether a step has become a CUDA graph that gives the step's own logits."""
         device = self._ids.device
-        self(self._ids.clone(), 0)
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):  # libraries set themselves up
-            own = self._step().float()
-        torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
+            self(self._ids.clone(), 0)
+            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(aside):  # libraries set themselves up
+                own = self._step().float()
+            torch.cuda.current_stream(device).wait_stream(aside)
             with torch.cuda.graph(graph):
                 self._logits = self._step()
-        except RuntimeError as error:  # it chooses by values, or a kernel of it waits
+        except (RuntimeError, ValueError) as error:  # it chooses by values, waits, or attends so
             torch.cuda.synchronize(device)
             _LOG.info("writing without a CUDA graph: %s", error)
             return False
