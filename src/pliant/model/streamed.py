@@ -58,6 +58,7 @@ class StreamedModel:
         self._substitute: Substitute | None = None
         self._open = [0] * len(self.blocks)
         self._meta: dict[str, nn.Parameter] = {}
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}  # on a GPU
         self._recorded: dict[tuple[int, int], list[tuple[Any, Any]]] = {}
         self._layers = [self.module.get_submodule(path) for path in self.blocks]
         self._forwards = [layer.forward for layer in self._layers]
@@ -137,12 +138,22 @@ class StreamedModel:
                 stored = torch.empty(self._meta_of(name).shape, dtype=dtype, device=self.device)
             target.slice(stored).copy_(weight)
         if stored is None:
-            return self._reader.read(name).to(self.device, dtype)
+            return self._original(name, dtype)
         if theirs:
             original = self._reader.read(name)
             for target in theirs:
                 target.slice(stored).copy_(target.slice(original))
         return stored
+
+    def _original(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter as it was; what every substitution needs again stays on a GPU."""
+        kept = self._kept.get((name, dtype))
+        if kept is None:
+            kept = self._reader.read(name).to(self.device, dtype)
+            layers = any(target.block is not None for target in self._by_parameter.get(name, ()))
+            if self.resident and self.device.type == "cuda" and not layers:
+                self._kept[name, dtype] = kept
+        return kept
 
     def _meta_of(self, name: str) -> Tensor:
         return self._meta[name] if name in self._meta else self.module.get_parameter(name)
