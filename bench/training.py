@@ -34,6 +34,7 @@ from pliant.api import opened
 from pliant.codes import Dense
 from pliant.fit import default_recipe, fit
 from pliant.fit.recipe import Search, Tune
+from pliant.fit.training import cut_prompts
 from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.measure import Reference
@@ -109,7 +110,8 @@ class Bench:
         started = time.monotonic()
         tuned = {}
         if settings.steps:
-            ids = torch.cat([self._calibration, self._written(settings.sequences, SEED)])
+            written = self._written(settings.sequences, SEED, settings.prompt)
+            ids = torch.cat([self._calibration, written])
             tuned = tune(
                 self._model, self._artifact.ladder, self._artifact.load_code, ids, settings,
                 progress=lambda done, of: said(name, done, of),
@@ -129,12 +131,14 @@ class Bench:
             print(f"{name}: {bits} bits", {k: round(v, 4) for k, v in sizes[str(bits)].items()})
         return {"name": name, "options": variant, "seconds": seconds, "damage": sizes}
 
-    def _written(self, count: int, seed: int) -> Tensor:
+    def _written(self, count: int, seed: int, prompt: int = 0) -> Tensor:
         """Sequences [count, LENGTH] that the model wrote, kept in the work directory."""
-        kept = self._work / f"text-{seed}.safetensors"
+        kept = self._work / f"text-{seed}-{prompt}.safetensors"
         have = load_file(kept)["ids"] if kept.exists() else torch.zeros(0, LENGTH).long()
         while len(have) < count:  # in parts of one size, so that more text begins as less does
-            part = write_text(self._model, 512, LENGTH, seed=seed + len(have))
+            at = seed + len(have)
+            prompts = cut_prompts(self._calibration, 256, prompt, at)
+            part = write_text(self._model, 512, LENGTH, seed=at, prompts=prompts)
             have = torch.cat([have, part])
             save_file({"ids": have}, kept)
         return have[:count]

@@ -47,6 +47,16 @@ def test_without_a_beginning_token_the_first_ones_are_drawn(model: StreamedModel
     assert len(set(starts.tolist())) > 1
 
 
+def test_sequences_go_on_from_their_prompts(model: StreamedModel) -> None:
+    prompts = torch.arange(15).view(3, 5) + 7
+    found = write_text(model, 4, 9, seed=3, prompts=prompts)
+    assert torch.equal(found[:3, :5], prompts)
+    assert found[3, 0] == model.config.bos_token_id
+    alone = write_text(model, 4, 9, seed=3)
+    assert not torch.equal(found[:3, 5:], alone[:3, 5:])
+    assert len(set(found[:3, 5].tolist())) > 1
+
+
 def test_text_is_what_the_model_would_say(model: StreamedModel) -> None:
     """Likelier under the model than random tokens: it was sampled from it, with the cache."""
 

@@ -29,7 +29,7 @@ _SEED = 7  # added to the recipe's: other text than calibration's
 def training_text(
     model: StreamedModel, recipe: Recipe, calibration: Tensor, work: Path, report: Progress
 ) -> Tensor:
-    """Ids [n, T]: what the model writes itself, and the calibration text."""
+    """Ids [n, T]: what the model writes itself, and the calibration text [m, T]."""
     path = work / "training.safetensors"
     if path.exists():
         kept: Tensor = load_file(path)["ids"]
@@ -38,14 +38,24 @@ def training_text(
     at_once = min(_TOGETHER, _at_once(model, length))
     parts = [calibration]
     for start in range(0, wanted, at_once):
-        found = write_text(
-            model, min(at_once, wanted - start), length, seed=recipe.seed + _SEED + start
-        )
-        parts.append(found)
-        report("writing training text", start + len(found), wanted)
+        count, seed = min(at_once, wanted - start), recipe.seed + _SEED + start
+        prompts = cut_prompts(calibration, count // 2, recipe.tune.prompt, seed)
+        parts.append(write_text(model, count, length, seed=seed, prompts=prompts))
+        report("writing training text", start + count, wanted)
     found = torch.cat(parts)
     store(path, {"ids": found})
     return found
+
+
+def cut_prompts(text: Tensor, count: int, length: int, seed: int) -> Tensor | None:
+    """Pieces [count, length] of the sequences [m, T] at random places; None without text."""
+    if not len(text) or not length or not count:
+        return None
+    length = min(length, text.shape[1])
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(text), (count, 1), generator=generator)
+    starts = torch.randint(text.shape[1] - length + 1, (count, 1), generator=generator)
+    return text[rows, starts + torch.arange(length)]
 
 
 def _at_once(model: StreamedModel, length: int) -> int:

@@ -21,9 +21,12 @@ def write_text(
     length: int,
     *,
     seed: int = 0,
+    prompts: Tensor | None = None,
     progress: Progress | None = None,
 ) -> Tensor:
     """Token ids [sequences, length] that the model samples from itself at temperature 1.
+
+    prompts: ids [n, p] that the first n sequences begin with instead.
 
     Each sequence starts with the beginning-of-text token or, where the model has none, with one
     drawn at random (LLM-QAT: Data-Free Quantization Aware Training for Large Language Models).
@@ -42,6 +45,8 @@ def write_text(
     if isinstance(start, int):
         first[:] = start
     ids = torch.empty(sequences, length, dtype=torch.long, device=device)
+    if prompts is not None and prompts.shape[1]:
+        first[: len(prompts), 0] = prompts[:, 0].to(device)
     ids[:, :1] = first
     follow = stepper(model, sequences, length)
     step = first
@@ -49,6 +54,8 @@ def write_text(
         for position in range(1, length):
             logits = follow(step, position - 1)
             step = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+            if prompts is not None and position < prompts.shape[1]:
+                step[: len(prompts), 0] = prompts[:, position].to(device)
             ids[:, position : position + 1] = step
             if progress is not None:
                 progress(position + 1, length)
