@@ -120,6 +120,26 @@ def test_product_is_that_of_the_decoded_matrix(
     assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
 
 
+@pytest.mark.parametrize("built", [(2, False, False), (3, False, False), (4, True, False)], ids=str)
+@pytest.mark.parametrize("scale_bits", [8, 6, 5])
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_scales_that_are_read_four_at_once(
+    folder: Path, built: tuple[int, bool, bool], scale_bits: int, group_size: int
+) -> None:
+    """Rows long enough for it: each group's scale must be its own."""
+    bits, levels, half = built
+    width = 32 * group_size
+    code = group_code(Form(bits, levels, group_size, scale_bits, True), 21, width)
+    assert isinstance(code, GroupInt | GroupLevels)
+    code = code.to(DEVICE)
+    x = torch.randn(2, width, device=DEVICE).to(torch.float16 if half else torch.bfloat16)
+    weight = code.decode(torch.float64)
+    for n in (1, 2):
+        y = decode.multiply(x[:n], code, library(*built, folder), stream(), Shape(4, 2))
+        exact = x[:n].double() @ weight.t()
+        assert error_in_roundings(y, exact, usual(x[:n], weight)) < 1.2
+
+
 @pytest.mark.parametrize("built", [(4, False, False), (3, True, True)], ids=str)
 def test_an_input_far_larger_than_its_neighbours_costs_them_little(
     folder: Path, built: tuple[int, bool, bool]

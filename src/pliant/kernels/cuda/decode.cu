@@ -222,14 +222,45 @@ __device__ __forceinline__ int packed_value(const uint8_t* const* planes, int bi
   return value;
 }
 
+// Four neighbours of them, a byte each, the first at a column that is a multiple of four.
+__device__ __forceinline__ uint32_t packed_four(const uint8_t* const* planes, int bits, int64_t row,
+                                                int column, int columns) {
+  uint32_t value = 0;
+  int shift = 0, index = 0;
+#pragma unroll
+  for (int p = 8; p; p >>= 1) {
+    if (bits == 8 ? p != 8 : (p == 8 || !(bits & p))) continue;
+    const int bytes = columns * p / 8;
+    const int field = column / bytes;
+    const uint32_t word =
+        __ldg(reinterpret_cast<const uint32_t*>(planes[index++] + row * bytes + column - field * bytes));
+    value |= (word >> (field * p) & ((1u << p) - 1) * 0x01010101u) << shift;
+    shift += p;
+  }
+  return value;
+}
+// Whether four neighbours always lie in one aligned word of each plane.
+__device__ __forceinline__ bool in_fours(const uint8_t* const* planes, int bits, int columns) {
+  const int narrowest = bits & -bits;
+  bool aligned = columns * narrowest % 32 == 0;
+  int index = 0;
+  for (int p = 8; p; p >>= 1)
+    if (bits == 8 ? p == 8 : p < 8 && bits & p)
+      aligned = aligned && reinterpret_cast<uintptr_t>(planes[index++]) % 4 == 0;
+  return aligned;
+}
+
+// A scale that is stored as the integer q.
+__device__ __forceinline__ float integer_scale(const Args& a, int q, float factor) {
+  if (a.scale_kind == 1) return q * (factor * (1.0f / (1 << a.scale_bits)));
+  const int exponent = min(max(q + a.scale_base, 1), 254);
+  return __uint_as_float(static_cast<uint32_t>(exponent) << 23) * factor;
+}
 __device__ __forceinline__ float group_scale(const Args& a, int64_t row, int group) {
   if (a.scale_kind == 0)
     return half_float(reinterpret_cast<const uint16_t*>(a.scale_planes[0])[row * a.groups + group]);
   const int q = packed_value(a.scale_planes, a.scale_bits, row, group, a.groups);
-  const float factor = a.row_scale ? half_float(a.row_scale[row]) : 1.0f;
-  if (a.scale_kind == 1) return q * (factor * (1.0f / (1 << a.scale_bits)));
-  const int exponent = min(max(q + a.scale_base, 1), 254);
-  return __uint_as_float(static_cast<uint32_t>(exponent) << 23) * factor;
+  return integer_scale(a, q, a.row_scale ? half_float(a.row_scale[row]) : 1.0f);
 }
 
 // (v & mask) | others in one instruction; the compiler alone makes two of it.
@@ -463,6 +494,34 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
     return;
   }
   const int padded = (rows + 15) / 16 * 16;  // rows that are not there as the last one
+  const int beside = LEVELS ? a.selector_bits : a.zero_planes[0] ? BITS : 0;
+  if (whole && a.scale_kind != 0 && in_fours(a.scale_planes, a.scale_bits, a.groups) &&
+      (!beside || in_fours(a.zero_planes, beside, a.groups))) {
+    const int fours = a.groups / 4, of_group = a.group_size / UNIT;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < padded * fours; i += blockDim.x) {
+      const int row = i / fours, group = (i - row * fours) * 4;
+      const int64_t from = first_row + min(row, rows - 1);
+      const uint32_t q = packed_four(a.scale_planes, a.scale_bits, from, group, a.groups);
+      const uint32_t chosen = beside ? packed_four(a.zero_planes, beside, from, group, a.groups) : 0;
+      const float factor = a.row_scale ? half_float(a.row_scale[from]) : 1.0f;
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        const int other = chosen >> (8 * j) & 0xff;
+        float scale = integer_scale(a, q >> (8 * j) & 0xff, factor), more;
+        if constexpr (LEVELS != 0)
+          scale *= steps[other], more = __int_as_float(other * 2 * kEntries);
+        else
+          more = other / kMiddle - 1.0f;
+        const int place = row * layout.scale_stride;
+        for (int u = (group + j) * of_group; u < min((group + j + 1) * of_group, units); u++) {
+          scales[place + u] = scale;
+          if (beside) extra[place + u] = more;
+        }
+      }
+    }
+    return;
+  }
 #pragma unroll 2
   for (int i = threadIdx.x; i < padded * units; i += blockDim.x) {
     const int row = i / units, u = i - row * units, slice = u / count, chunk = u - slice * count;
