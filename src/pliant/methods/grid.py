@@ -9,8 +9,12 @@ from torch import Tensor
 
 from pliant.codes.group_int import GroupInt, GroupScales, quantize_scales
 from pliant.errors import PliantError
+from pliant.kernels.rounding import gpu_search
 
 _CLIPS = {1: 8, 2: 8, 3: 8, 4: 6, 5: 4, 6: 3, 7: 1, 8: 1}  # candidates of clipping per bit width
+_FLOORS = {1: 0.2, 2: 0.45, 3: 0.6}  # the narrowest of them, else 0.7
+_TILE = 1 << 19  # elements searched at once
+_GPU_TILE = 1 << 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +70,35 @@ def fit_grid(
     pad = -width % size
     if importance is None:
         importance = torch.ones(width, device=weight.device)
+    shares = _shares(bits, clip)
+    search = gpu_search(weight.device, size)
+    if search is not None:
+        scales, zeros = search.search_grid(weight, bits, symmetric, importance, size, shares)
+        stored = quantize_scales(scales, scale_bits)
+        return Grid(bits, group_size, symmetric, stored, stored.scales_as(), zeros)
     importance = torch.nn.functional.pad(importance.float(), (0, pad)).view(1, -1, size)
     scales = torch.empty(out, (width + pad) // size, device=weight.device)
     zeros = torch.empty_like(scales)
-    tile = max(1, (1 << 19) // (width + pad))
+    tile = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // (width + pad))
     for start in range(0, out, tile):
         rows = weight[start : start + tile].float()
         # Edge padding repeats a real value, so that a ragged group's range is its own.
         groups = torch.cat([rows, rows[:, -1:].expand(-1, pad)], 1) if pad else rows
         groups = groups.view(rows.shape[0], -1, size)
-        s, z = _fit_tile(groups, bits, symmetric, importance, _CLIPS[bits] if clip else 1)
+        s, z = _fit_tile(groups, bits, symmetric, importance, shares)
         scales[start : start + tile], zeros[start : start + tile] = s, z
     stored = quantize_scales(scales, scale_bits)
     return Grid(bits, group_size, symmetric, stored, stored.scales_as(), zeros)
 
 
+def _shares(bits: int, clip: bool) -> list[float]:
+    """Ranges to try, as shares of the one that clips nothing."""
+    count, floor = _CLIPS[bits] if clip else 1, _FLOORS.get(bits, 0.7)
+    return [1.0 - step * (1.0 - floor) / max(count - 1, 1) for step in range(count)]
+
+
 def _fit_tile(
-    groups: Tensor, bits: int, symmetric: bool, importance: Tensor, candidates: int
+    groups: Tensor, bits: int, symmetric: bool, importance: Tensor, shares: list[float]
 ) -> tuple[Tensor, Tensor]:
     """Scales and zeros [rows, groups] of one tile [rows, groups, size]."""
     top = (1 << bits) - 1
@@ -93,11 +109,9 @@ def _fit_tile(
     else:
         low, high = low.clamp(max=0), high.clamp(min=0)
     best: tuple[Tensor, Tensor, Tensor] | None = None
-    floor = 0.2 if bits == 1 else 0.45 if bits == 2 else 0.6 if bits == 3 else 0.7
-    for step in range(candidates):
-        shrink = 1.0 - step * (1.0 - floor) / max(candidates - 1, 1)
+    for shrink in shares:
         scale, zero = _affine(low * shrink, high * shrink, bits, symmetric)
-        if candidates == 1:
+        if len(shares) == 1:
             return scale, zero
         s, z = scale[..., None], zero[..., None]
         error = torch.round(groups / s + z).clamp_(0, top).sub_(z).mul_(s).sub_(groups)

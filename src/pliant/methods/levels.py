@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from pliant.codes import GroupLevels, GroupScales, PowerScales, power_scales, quantize_scales
 from pliant.errors import PliantError
-from pliant.kernels.cpu import rounding as native
+from pliant.kernels.rounding import level_search
 from pliant.observe.statistics import Statistics
 
 Scaling = Literal["free", "power", "ratio"]
@@ -21,7 +21,7 @@ _CLIPS = {1: (8, 0.2), 2: (8, 0.45), 3: (8, 0.6), 4: (6, 0.7), 5: (4, 0.7), 6: (
 _ANCHORS = 4  # factors of a row that are tried within an octave
 _TILE = 1 << 19  # elements searched at once
 _GPU_TILE = 1 << 25
-_TINY = 1e-8
+TINY = 1e-8  # the least scale that is tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class LevelGrid:
         """The code of `weight` [out, in], each value at its nearest level."""
         out, width = weight.shape
         index = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-        step = max(1, _TILE // max(width, 1))
+        step = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // max(width, 1))
         for start in range(0, out, step):
             rows = slice(start, start + step)
             columns = self.columns(rows)
@@ -110,16 +110,15 @@ def fit_levels(
     bits = (tables.shape[1] - 1).bit_length()
     if scaling not in ("free", "power", "ratio"):
         raise PliantError(f"scaling must be free, power or ratio, not {scaling!r}")
-    # Levels as they are stored: what is nearest must be nearest after decoding, too.
-    tables = tables.half().float().sort(1).values.to(weight.device)
+    tables = stored_tables(tables).to(weight.device)
     size = max(width, 1) if group_size <= 0 else min(group_size, width)
     extra = -width % size
     if importance is None:
         importance = torch.ones(width, device=weight.device)
-    if scaling == "free" and not weight.is_cuda and native.available():
-        shares = _shares(bits, clip)
-        losses, scales, selector = native.search_levels(
-            weight, tables, importance, size, shares, _TINY
+    search = level_search(weight.device, size) if scaling == "free" else None
+    if search is not None:
+        losses, scales, selector = search(
+            weight, tables, importance, size, clip_shares(bits, clip), TINY
         )
         return _grid(bits, size, tables, quantize_scales(scales, scale_bits), selector,
                      float(losses.sum()))  # fmt: skip
@@ -160,7 +159,12 @@ def _grid(
     return LevelGrid(bits, size, tables, stored, stored.scales_as(), chosen, loss)
 
 
-def _shares(bits: int, clip: bool) -> list[float]:
+def stored_tables(tables: Tensor) -> Tensor:
+    """Levels as they are stored: what is nearest must be nearest after decoding, too."""
+    return tables.half().float().sort(1).values
+
+
+def clip_shares(bits: int, clip: bool) -> list[float]:
     """Scales to try, as shares of the one that clips nothing."""
     count, floor = _CLIPS.get(bits, (1, 1.0)) if clip else (1, 1.0)
     return [1.0 - step * (1.0 - floor) / max(count - 1, 1) for step in range(count)]
@@ -174,8 +178,8 @@ def _search(
     best_loss = torch.full_like(low, torch.inf)
     best_scale, best_table = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.int64)
     for number, table in enumerate(tables):
-        whole = torch.maximum(high / table[-1], low / table[0]).clamp_min(_TINY)
-        for share in _shares(bits, clip):
+        whole = torch.maximum(high / table[-1], low / table[0]).clamp_min(TINY)
+        for share in clip_shares(bits, clip):
             scale = whole * share
             loss = _loss(groups, scale, table, importance)
             better = loss < best_loss

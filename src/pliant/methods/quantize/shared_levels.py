@@ -8,9 +8,17 @@ from torch.nn.functional import pad
 
 from pliant.codes import GroupLevels
 from pliant.errors import PliantError
+from pliant.kernels.rounding import gpu_search
 from pliant.methods.catalog import method
 from pliant.methods.feedback import round_levels
-from pliant.methods.levels import LevelGrid, channel_importance, fit_levels
+from pliant.methods.levels import (
+    TINY,
+    LevelGrid,
+    channel_importance,
+    clip_shares,
+    fit_levels,
+    stored_tables,
+)
 from pliant.observe.statistics import Statistics
 
 PAPER = (
@@ -73,7 +81,16 @@ def learn_tables(
     step = max(1, out * width // _SAMPLE)
     sample = weight[::step].float()
     found = first_tables(bits, count).to(weight.device)
+    size = width if group_size <= 0 else min(group_size, width)
+    search = gpu_search(weight.device, size)
+    given = weight.new_ones(width) if importance is None else importance
     for _ in range(iterations):
+        if search is not None:
+            sums = search.level_sums(
+                sample, found, stored_tables(found), given, size, clip_shares(bits, clip), TINY
+            )
+            found = _means(sums[:, 0], sums[:, 1], found)
+            continue
         grid = fit_levels(sample, found, group_size, importance=importance, clip=clip)
         found = _moved(sample, importance, grid, found)
     return found
@@ -108,5 +125,10 @@ def _moved(sample: Tensor, importance: Tensor | None, grid: LevelGrid, tables: T
     first = torch.zeros_like(mass)
     mass.index_add_(0, place, cost.expand_as(x).flatten().double())
     first.index_add_(0, place, (cost * x).flatten().double())
-    moved = torch.where(mass > 0, first / mass.clamp_min(1e-300), tables.flatten().double())
-    return moved.view_as(tables).float().sort(1).values
+    return _means(mass.view_as(tables), first.view_as(tables), tables)
+
+
+def _means(mass: Tensor, first: Tensor, tables: Tensor) -> Tensor:
+    """Levels [tables, levels] moved to first / mass, where something took them."""
+    moved = torch.where(mass > 0, first / mass.clamp_min(1e-300), tables.double())
+    return moved.float().sort(1).values
