@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
+import threading
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from pliant.errors import BudgetError, CheckpointError, PliantError, RecipeError
 from pliant.fit import Recipe, fit, pipeline, read_recipe, summary
 from pliant.fit.recipe import Rule, RungSpec, default_recipe
-from pliant.ladder import Artifact
+from pliant.ladder import Artifact, shard, writer
 from pliant.ladder.live import load, plan_opening
 from pliant.measure import tensor_bytes
 from pliant.model import StreamedModel, open_checkpoint
@@ -143,6 +145,137 @@ def test_interrupted_between_a_shard_and_its_gradient(
         run(tmp_path / "model", tmp_path / "out", weights=120_000)
     run(tmp_path / "model", tmp_path / "out", weights=120_000)
     assert sums(tmp_path / "out") == sums(tmp_path / "whole")
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are written in a thread and codes are held, as they are beside a GPU."""
+    monkeypatch.setattr(pipeline, "_writes_beside", lambda device: True)
+    monkeypatch.setattr(pipeline, "held_bytes", lambda device: 1 << 30)
+
+
+class Crash(BaseException):
+    """The process ends here."""
+
+
+class Steps:
+    """Everything that a fit does to its files, in order; at step `at` it crashes instead."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seen: list[tuple[str, bool]] = []
+        self.at = 10**9
+        for owner, name in (
+            (shard.os, "fsync"), (shard.os, "replace"), (Path, "replace"), (Path, "unlink"),
+            (writer.Writer, "_save"),
+        ):  # fmt: skip
+            monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
+
+    def _counted(self, name: str, real: Any) -> Any:
+        def step(*args: Any, **options: Any) -> Any:
+            if options != {"missing_ok": True}:  # tidying up, which a crash would not do
+                self.seen.append((name, threading.current_thread() is threading.main_thread()))
+                if len(self.seen) >= self.at:
+                    raise Crash
+            return real(*args, **options)
+
+        return step
+
+
+def test_written_beside_it_gives_the_same_bytes(
+    beside: None, llama: Path, fitted: Path, tmp_path: Path
+) -> None:
+    run(llama, tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(fitted)
+
+
+def test_a_crash_at_any_step_of_writing_beside_goes_on_to_the_same_bytes(
+    beside: None, llama: Path, fitted: Path, tmp_path: Path
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        whole = Steps(patch)
+        run(llama, tmp_path / "whole")
+    crashes = [at for at, (_, main) in enumerate(whole.seen, 1) if not main]
+    assert len(crashes) >= 3 * 8, "shard, journal and gradient of three layers"
+    for at in crashes[len(crashes) // 3 :]:  # of the first of three layers enough is tested below
+        out = tmp_path / f"out-{at}"
+        with pytest.MonkeyPatch.context() as patch:
+            steps = Steps(patch)
+            steps.at = at
+            with pytest.raises(Crash):
+                run(llama, out)
+        assert not out.exists()
+        partial = out.with_name(out.name + ".partial")
+        (partial / "block-00000.safetensors.tmp").write_bytes(b"half")  # a crash tidies nothing
+        (partial / "work" / "gradient-00000.tmp").write_bytes(b"half")
+        for found in (partial / "work").glob("gradient-*.safetensors"):
+            above = range(int(found.stem.split("-")[1]), 3)
+            again = writer.Writer(out, key=open_key(partial))
+            assert all(again.has(f"block-{index:05d}") for index in above)
+        run(llama, out)
+        assert sums(out) == sums(fitted), f"crashed at {whole.seen[at - 1]}, step {at}"
+
+
+def open_key(partial: Path) -> str:
+    return str(json.loads((partial / writer.JOURNAL).read_text())["key"])
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 5])
+def test_a_disk_that_is_full_while_writing_beside(
+    at: int, beside: None, llama: Path, fitted: Path, tmp_path: Path
+) -> None:
+    """One clear error, whether shard, journal or gradient; the second is a directory's sync."""
+    calls = []
+
+    def full(real: Any) -> Any:
+        def step(*args: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                calls.append(args)
+                if len(calls) == at:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard.os, "fsync", full(shard.os.fsync))
+        patch.setattr(Path, "write_bytes", full(Path.write_bytes))
+        with pytest.raises(PliantError, match=r"is full: .* free some space"):
+            run(llama, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.partial").glob("*.safetensors.tmp"))
+    run(llama, tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(fitted)
+
+
+def test_interrupted_while_writing_beside(
+    beside: None, llama: Path, fitted: Path, tmp_path: Path
+) -> None:
+    whole = Stop()
+    run(llama, tmp_path / "whole", progress=whole)
+    at = next(i for i, call in enumerate(whole.calls, 1) if call[:2] == ("building rungs", 9))
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, tmp_path / "out", progress=Stop(at))
+    assert len(list((tmp_path / "out.partial").glob("block-*.safetensors"))) == 1
+    assert len(list((tmp_path / "out.partial" / "work").glob("gradient-*.safetensors"))) == 1
+    run(llama, tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(fitted)
+
+
+def test_a_shard_that_was_damaged_before_the_run_goes_on_is_built_again(
+    llama: Path, fitted: Path, tmp_path: Path
+) -> None:
+    """Though the gradient below it is on disk."""
+    with pytest.raises(KeyboardInterrupt):
+        run(llama, tmp_path / "out", progress=lambda stage, done, of: stop_at(stage, "measuring"))
+    top = sorted((tmp_path / "out.partial").glob("block-*.safetensors"))[-1]
+    top.write_bytes(top.read_bytes()[:-1] + b"\x77")
+    run(llama, tmp_path / "out")
+    assert sums(tmp_path / "out") == sums(fitted)
+
+
+def stop_at(stage: str, last: str) -> None:
+    if stage == last:
+        raise KeyboardInterrupt
 
 
 def test_left_work_of_another_recipe_is_not_taken_up(

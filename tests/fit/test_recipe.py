@@ -10,6 +10,7 @@ import yaml
 from pliant.errors import RecipeError
 from pliant.fit import Recipe, default_recipe, read_recipe
 from pliant.fit.recipe import Rule, RungSpec
+from pliant.kernels.cpu import rounding
 from pliant.methods import catalog
 from pliant.model import Target
 
@@ -181,3 +182,17 @@ def test_options_may_be_written_flat_or_apart() -> None:
     flat = RungSpec.model_validate({"method": "gptq", "bits": 3})
     assert flat == RungSpec(method="gptq", options={"bits": 3})
     assert RungSpec.model_validate("keep") == RungSpec(method="keep")
+
+
+def test_a_gpus_recipe_is_checked_without_the_cpus_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may have to be compiled, which takes longer than the rest of a short fit."""
+
+    def compiled() -> None:
+        raise AssertionError("the native kernels were asked for")
+
+    monkeypatch.setattr(rounding, "library", compiled)
+    recipe = default_recipe("best", gpu=True)
+    for spec in recipe.rules[0].rungs:
+        spec.check()
+    with pytest.raises(AssertionError, match="asked for"):
+        rounding.available()

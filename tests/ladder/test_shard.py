@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pliant.errors import CorruptError
-from pliant.ladder.shard import check_extent, read_extent, write_shard
+from pliant.ladder import shard
+from pliant.ladder.shard import (
+    check_extent,
+    copy_extents,
+    join_bytes,
+    read_bytes,
+    read_extent,
+    write_shard,
+)
 
 GROUPS = [
     ("a@0.", {"q": torch.arange(13, dtype=torch.uint8), "s": torch.randn(3, 2).half()}),
@@ -81,3 +91,56 @@ def test_an_interruption_leaves_the_old_file(tmp_path):
         write_shard(path, groups())
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+@pytest.mark.parametrize("chosen", [(0, 2), (1,), (2,), (0, 1, 2)])
+def test_copied_extents_are_what_writing_them_gives(tmp_path, chosen):
+    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    (tmp_path / "copied").mkdir()
+    (tmp_path / "written").mkdir()
+    copied = copy_extents(
+        tmp_path, [extents[i] for i in chosen], tmp_path / "copied" / "x.safetensors"
+    )
+    written = write_shard(tmp_path / "written" / "x.safetensors", [GROUPS[i] for i in chosen])
+    assert copied == written
+    raw = (tmp_path / "copied" / "x.safetensors").read_bytes()
+    assert raw == (tmp_path / "written" / "x.safetensors").read_bytes()
+
+
+def test_extents_of_many_pieces_are_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard, "_CHUNK", 7)
+    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    copy_extents(tmp_path, extents, tmp_path / "y.safetensors")
+    assert (tmp_path / "x.safetensors").read_bytes() == (tmp_path / "y.safetensors").read_bytes()
+    for extent in extents:
+        check_extent(tmp_path, extent)
+
+
+def test_what_is_damaged_is_not_copied(tmp_path):
+    path = tmp_path / "x.safetensors"
+    _, extents = write_shard(path, GROUPS)
+    raw = bytearray(path.read_bytes())
+    raw[extents[1].start + 7] ^= 16
+    path.write_bytes(raw)
+    with pytest.raises(CorruptError, match="a@1"):
+        copy_extents(tmp_path, extents, tmp_path / "y.safetensors")
+    path.write_bytes(raw[: extents[2].start])
+    with pytest.raises(CorruptError, match="truncated"):
+        copy_extents(tmp_path, extents[2:], tmp_path / "y.safetensors")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_a_copy_that_is_told_to_stop_leaves_nothing(tmp_path):
+    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    stop = Event()
+    stop.set()
+    with pytest.raises(shard.Stopped):
+        copy_extents(tmp_path, extents, tmp_path / "y.safetensors", stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_joined_bytes_are_those_on_disk(tmp_path):
+    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
+    for (_, tensors), extent in zip(GROUPS, extents, strict=True):
+        joined = join_bytes({n: t.clone() for n, t in tensors.items()}, extent)
+        assert torch.equal(joined, read_bytes(tmp_path, extent))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -10,8 +11,18 @@ import pytest
 import torch
 
 from pliant.codes import Dense
-from pliant.errors import PliantError
-from pliant.ladder import Artifact, Ladder, Proposal, Writer, check_output, output, shard
+from pliant.errors import CorruptError, PliantError
+from pliant.ladder import (
+    Artifact,
+    Ladder,
+    Proposal,
+    Writer,
+    check_output,
+    output,
+    placing,
+    shard,
+)
+from pliant.ladder.shard import read_extent, write_shard
 
 from .tiny import write_artifact
 
@@ -91,8 +102,6 @@ def test_codes_can_be_read_back_while_writing(tmp_path):
 
 
 def test_rungs_that_the_ladder_leaves_out_take_no_disk(tmp_path):
-    import dataclasses
-
     writer = Writer(tmp_path / "out", key="a")
     kept, _, last = writer.write("outer", dense("t", 3, 5, 9))
     writer.write_fixed({"norm.weight": torch.ones(8)})
@@ -105,6 +114,164 @@ def test_rungs_that_the_ladder_leaves_out_take_no_disk(tmp_path):
     assert artifact.load_code("t", 1).shape == (9, 8)
     assert artifact.rung("t", 1).damage == 0.5
     assert (out / "outer.safetensors").stat().st_size < 3000
+
+
+def several(out, count: int = 7, **options) -> tuple[Writer, Ladder]:
+    """A writer of `count` shards of three rungs, and a ladder that leaves one out of most."""
+    writer = Writer(out, key="a", **options)
+    writer.write_fixed({"norm.weight": torch.ones(8)})
+    rungs = {}
+    for n in range(count):
+        written = writer.write(f"block-{n:05d}", dense(f"t{n}", 3 + n, 50 + n, 900 + n))
+        kept = [rung for rung in written if n % 4 == 3 or rung.index != n % 3]
+        rungs[f"t{n}"] = tuple(dataclasses.replace(r, index=i) for i, r in enumerate(kept))
+    return writer, Ladder(rungs, (), writer.fixed_bytes)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_shards_placed_side_by_side_are_what_writing_what_is_kept_gives(
+    threads, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(placing, "_THREADS", threads)
+    writer, ladder = several(tmp_path / "out")
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    for own in ladder.rungs.values():
+        groups = [(r.where.prefix, read_extent(writer.directory, r.where)) for r in own]
+        write_shard(expected / own[0].where.shard, groups)
+    out = writer.finish(ladder, files={"config.json": "{}"})
+    artifact = Artifact.open(out)
+    artifact.verify()
+    found = contents(out)
+    assert {name: found[name] for name in contents(expected)} == contents(expected)
+    assert list(artifact.document.shards) == sorted(artifact.document.shards)
+    for target, own in ladder.rungs.items():
+        for rung in own:
+            assert artifact.load_code(target, rung.index).nbytes == rung.nbytes
+    assert not writer.directory.exists()
+
+
+def test_a_damaged_shard_ends_the_others_and_the_work_is_kept(tmp_path):
+    writer, ladder = several(tmp_path / "out")
+    path = writer.directory / "block-00004.safetensors"
+    whole = path.read_bytes()
+    where = ladder.rungs["t4"][0].where
+    path.write_bytes(
+        whole[: where.start] + bytes([whole[where.start] ^ 1]) + whole[where.start + 1 :]
+    )
+    with pytest.raises(CorruptError, match="t4@"):
+        writer.finish(ladder, files={"config.json": "{}"})
+    assert not (tmp_path / "out").exists()
+    assert not (writer.directory / "artifact").exists()
+    path.write_bytes(whole)
+    Artifact.open(writer.finish(ladder, files={"config.json": "{}"})).verify()
+
+
+def test_a_disk_that_is_full_in_one_thread_is_told(tmp_path, monkeypatch):
+    writer, ladder = several(tmp_path / "out")
+    real = placing.copy_extents
+
+    def full(directory, extents, path, stop):
+        if "00002" in path.name:
+            path.with_suffix(".tmp").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return real(directory, extents, path, stop)
+
+    needed = sum(own.nbytes for own in placing.placements(ladder, writer._journal.shards))
+    with monkeypatch.context() as patch:
+        patch.setattr(placing, "copy_extents", full)
+        with pytest.raises(PliantError, match=f"full: {needed / 1024:.1f} KiB were needed"):
+            writer.finish(ladder, files={})
+    assert not (writer.directory / "artifact").exists()
+    Artifact.open(Writer(tmp_path / "out", key="a").finish(ladder, files={})).verify()
+
+
+def test_an_interruption_ends_copies_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(placing, "_THREADS", 2)
+    monkeypatch.setattr(shard, "_CHUNK", 64)
+    writer, ladder = several(tmp_path / "out")
+    ended = []
+    real = placing.copy_extents
+
+    def followed(directory, extents, path, stop):
+        try:
+            return real(directory, extents, path, stop)
+        except shard.Stopped:
+            ended.append(path.name)
+            raise
+        finally:
+            assert not path.with_name(path.name + ".tmp").exists()
+
+    class Waiting(placing.Event):
+        """Never says that it was not set: a copy goes on only once it is interrupted."""
+
+        def is_set(self):
+            return self.wait()
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(placing, "copy_extents", followed)
+        patch.setattr(placing, "Event", Waiting)
+        patch.setattr(placing, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            writer.finish(ladder, files={})
+    assert 1 <= len(ended) <= 2, "those under way end, the others never begin"
+    assert not (tmp_path / "out").exists()
+    assert not (writer.directory / "artifact").exists()
+    Artifact.open(Writer(tmp_path / "out", key="a").finish(ladder, files={})).verify()
+
+
+def same(one, other) -> bool:
+    mine, theirs = one.tensors(), other.tensors()
+    return one.meta() == other.meta() and all(
+        mine[name].dtype == theirs[name].dtype
+        and mine[name].stride() == theirs[name].stride()
+        and torch.equal(mine[name], theirs[name])
+        for name in mine.keys() | theirs.keys()
+    )
+
+
+def test_held_codes_are_those_on_disk(tmp_path, tiny):
+    """Also where tensors are views of larger ones, or not in order."""
+    ladder = Artifact.open(tiny).ladder
+    writer = Writer(tmp_path / "out", key="a", hold=1 << 30)
+    for target in ladder.rungs:
+        codes = [Artifact.open(tiny).load_code(target, r.index) for r in ladder.rungs[target]]
+        codes.append(Dense(torch.randn(16, 300).t()[:, 3:9].double().half()))
+        writer.write(target, [Proposal(target, "any", {}, code) for code in codes])
+    reread = Writer(tmp_path / "out", key="a")
+    for own in writer.all_rungs().values():
+        for rung in own:
+            assert same(writer.load_code(rung), reread.load_code(rung))
+    shutil.rmtree(writer.directory)
+    for own in writer.all_rungs().values():
+        for rung in own:
+            assert writer.load_code(rung).nbytes == rung.nbytes
+            with pytest.raises(CorruptError, match="cannot be read"):
+                reread.load_code(rung)
+
+
+def test_no_more_is_held_than_allowed_and_nothing_stale(tmp_path):
+    writer = Writer(tmp_path / "out", key="a", hold=16 * 9)
+    small, _, large = writer.write("outer", dense("t", 3, 9, 5))
+    path = writer.directory / "outer.safetensors"
+    first = path.read_bytes()
+    path.unlink()
+    assert writer.load_code(small).nbytes == 48
+    with pytest.raises(CorruptError):
+        writer.load_code(large)
+    path.write_bytes(first)
+    assert writer.load_code(large).nbytes == 144
+    zeros = [Proposal("t", "dense", {"n": n}, Dense(torch.zeros(n, 8).half())) for n in (3, 9, 5)]
+    replaced, *_ = writer.write("outer", zeros)
+    assert (replaced.where.start, replaced.where.stop) == (small.where.start, small.where.stop)
+    assert not writer.load_code(replaced).decode().any()
+    with pytest.raises(CorruptError):
+        writer.load_code(small)
+    path.unlink()
+    assert not writer.load_code(replaced).decode().any(), "what was let go of made room"
 
 
 def test_an_output_that_exists_is_refused(tmp_path, mine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import psutil
 import torch
 
 from pliant.errors import PliantError
@@ -30,3 +31,11 @@ def resident_bytes(device: torch.device) -> int:
         return _RESIDENT_BYTES
     free, _ = torch.cuda.mem_get_info(device)
     return free // 3
+
+
+def held_bytes(device: torch.device) -> int:
+    """Bytes of codes that may stay in main memory: a quarter of what is free beside a GPU.
+
+    None where the work itself is done in main memory.
+    """
+    return int(psutil.virtual_memory().available) // 4 if device.type == "cuda" else 0

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
+from pliant.fit.background import Background
 from pliant.fit.build import build_rungs, estimate_nbytes
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
-from pliant.fit.device import find_device, resident_bytes
+from pliant.fit.device import find_device, held_bytes, resident_bytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.evolving import evolve_sizes, evolved_summary
 from pliant.fit.planning import better_ladder, distinct, make_ladder, measure_samples
@@ -190,7 +192,7 @@ class _Job:
     def run(self, out: Path, budget: Budget, room: int, overwrite: bool, note: str) -> FitResult:
         calibrated = any(len(specs) > 1 or specs[0].needs() for specs in self.specs.values())
         pool = self._windows() if calibrated else Pool()
-        writer = Writer(out, self._key(pool), overwrite)
+        writer = Writer(out, self._key(pool), overwrite, held_bytes(self.model.device))
         work = writer.directory / "work"
         work.mkdir(exist_ok=True)
         if not writer.has("fixed"):
@@ -342,7 +344,7 @@ class _Job:
             for index, name in enumerate(names):
                 block = index if index < blocks else None
                 seen = [_unseen(t) for t in self.model.targets if t.block == block]
-                self._write(writer, name, seen)
+                writer.write(name, self._proposals(seen))
                 self.report("storing", index + 1, len(names))
             return
         sweep = Sweep(
@@ -355,7 +357,7 @@ class _Job:
         total = len(self.model.targets)
         done = sum(len({r.target for r in writer.rungs(n)}) for n in names if writer.has(n))
         self.report("building rungs", done, total)
-        start, gradient = self._gradient(work, blocks)
+        start, gradient = self._gradient(writer, work, shards)
         heads: list[Observation] = []
         if gradient is None or (outer and not writer.has("outer")):
             heads, top = sweep.outer()
@@ -363,28 +365,47 @@ class _Job:
                 gradient = top
             heads = [put_aside(work, o) for o in heads]  # not needed until the layers are done
             release()
-        for index in range(start - 1, -1, -1):
-            fresh = not writer.has(shards[index])
-            seen, gradient = sweep.block(index, gradient, observe=fresh)
-            if fresh:
-                count = len(seen)
-                self._write(writer, shards[index], seen, done)
-                done += count
-            release()
-            self._save_gradient(work, index, gradient)
+        with Background(_writes_beside(self.model.device)) as writing:
+            for index in range(start - 1, -1, -1):
+                proposals: list[Proposal] | None = None
+                fresh = not writer.has(shards[index])
+                seen, gradient = sweep.block(index, gradient, observe=fresh)
+                if fresh:
+                    count = len(seen)
+                    proposals = self._proposals(seen, done, check=writing.check)
+                    done += count
+                writing.run(partial(self._keep, writer, work, index, proposals, gradient))
         if not writer.has("outer") and outer:
             sweep.look_ups(heads, gradient)
-            self._write(writer, "outer", heads, done, work)
+            writer.write("outer", self._proposals(heads, done, work))
         sweep.forget()
 
-    def _write(
+    def _keep(
         self,
         writer: Writer,
-        shard: str,
+        work: Path,
+        index: int,
+        proposals: list[Proposal] | None,
+        gradient: Tensor,
+    ) -> None:
+        """Write layer `index`'s rungs, if they are not yet, and then the gradient at its input.
+
+        In this order, layer after layer: a resumed run goes on below the gradient that it finds.
+        """
+        if proposals is not None:
+            writer.write(self._shards()[index], proposals)
+            proposals.clear()
+        release()
+        self._save_gradient(work, index, gradient)
+
+    def _proposals(
+        self,
         seen: list[Observation],
         done: int | None = None,
         aside: Path | None = None,
-    ) -> None:
+        check: Callable[[], None] | None = None,
+    ) -> list[Proposal]:
+        """The rungs of what was observed. check: called after each target."""
         proposals: list[Proposal] = []
         # The widest first: its moments are the largest, and no codes are held yet. Statistics go
         # as soon as the rungs are made.
@@ -397,18 +418,25 @@ class _Job:
             if done is not None:
                 done += 1
                 self.report("building rungs", done, len(self.model.targets))
-        writer.write(shard, proposals)
+            if check is not None:
+                check()
+        return proposals
 
     def _needs(self) -> Mapping[str, frozenset[str]]:
         return {n: frozenset().union(*(s.needs() for s in own)) for n, own in self.specs.items()}
 
-    def _gradient(self, work: Path, blocks: int) -> tuple[int, Tensor | None]:
-        """The lowest layer whose input's gradient is on disk, and that gradient."""
-        for index in range(blocks):
+    def _gradient(
+        self, writer: Writer, work: Path, shards: Sequence[str]
+    ) -> tuple[int, Tensor | None]:
+        """The lowest layer whose input's gradient is on disk, and that gradient.
+
+        None, and the pass begins at the top, where a shard above is missing: it was damaged.
+        """
+        for index in range(len(shards)):
             path = work / f"gradient-{index:05d}.safetensors"
-            if path.exists():
+            if path.exists() and all(map(writer.has, shards[index:])):
                 return index, load_file(path, device=str(self.model.device))["gradient"]
-        return blocks, None
+        return len(shards), None
 
     def _save_gradient(self, work: Path, index: int, gradient: Tensor) -> None:
         path = work / f"gradient-{index:05d}.safetensors"
@@ -431,6 +459,11 @@ class _Job:
 def _fixed(model: StreamedModel) -> dict[str, Tensor]:
     """What every size holds, in 32 bits: how it is computed with, so that its bytes are planned."""
     return {n: t.float() if t.is_floating_point() else t for n, t in model.others()}
+
+
+def _writes_beside(device: torch.device) -> bool:
+    """Whether a layer is written while the next is built: not where both take the same memory."""
+    return device.type == "cuda"
 
 
 def _numbers(targets: Sequence[Target]) -> int:

@@ -84,7 +84,8 @@ class RungSpec(_Strict):
                 f"{self.method} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}"
             )
         try:
-            self.info().function(torch.eye(_TRIAL), _trial_statistics(), **self.options)
+            with rounding.in_torch():  # a fit on a GPU never needs the CPU's kernels
+                self.info().function(torch.eye(_TRIAL), _trial_statistics(), **self.options)
         except (PliantError, TypeError, ValueError, LookupError, RuntimeError) as error:
             raise RecipeError(
                 f"{self.method} does not work with {dict(self.options)}: {error}"

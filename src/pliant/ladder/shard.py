@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from threading import Event
 
 import torch
 from torch import Tensor
@@ -69,6 +70,26 @@ class ShardInfo:
 
 
 Group = tuple[str, Mapping[str, Tensor]]  # prefix, tensors
+_Form = tuple[str, tuple[int, ...]]  # dtype, shape
+
+
+class Stopped(Exception):
+    """Work in a thread that was told to end before it was done."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a shard holds from one extent on.
+
+    padding: bytes before it. pieces: its bytes. source: the directory and the extent that they
+    are read from, for bytes that must be those that were written.
+    """
+
+    padding: int
+    prefix: str
+    entries: tuple[Entry, ...]
+    pieces: Iterable[memoryview]
+    source: tuple[Path, Extent] | None = None
 
 
 def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Extent]]:
@@ -76,7 +97,37 @@ def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Ex
 
     Nothing is left behind when it fails.
     """
-    header, parts = _lay_out([(prefix, dict(tensors)) for prefix, tensors in groups])
+    held = [(prefix, dict(tensors)) for prefix, tensors in groups]
+    header, places = _lay_out(
+        [(prefix, {n: (_NAMES[t.dtype], tuple(t.shape)) for n, t in own.items()})
+         for prefix, own in held]
+    )  # fmt: skip
+    parts = [
+        _Part(padding, prefix, entries, _held(own, entries))
+        for (padding, entries), (prefix, own) in zip(places, held, strict=True)
+    ]
+    return _write(path, header, parts)
+
+
+def copy_extents(
+    directory: Path, extents: Sequence[Extent], path: Path, stop: Event | None = None
+) -> tuple[ShardInfo, list[Extent]]:
+    """Write a shard of some `extents` of a shard in `directory`, as `write_shard` would.
+
+    Takes a piece of memory, not an extent. Raises CorruptError when the bytes are not those that
+    were written, and Stopped once `stop` is set; nothing is left behind then.
+    """
+    header, places = _lay_out(
+        [(e.prefix, {t.name: (t.dtype, t.shape) for t in e.tensors}) for e in extents]
+    )
+    parts = [
+        _Part(padding, e.prefix, entries, _pieces(directory, e, stop), (directory, e))
+        for (padding, entries), e in zip(places, extents, strict=True)
+    ]
+    return _write(path, header, parts)
+
+
+def _write(path: Path, header: bytes, parts: Iterable[_Part]) -> tuple[ShardInfo, list[Extent]]:
     temporary = path.with_name(path.name + ".tmp")
     whole = hashlib.sha256(header)
     size = len(header)
@@ -84,21 +135,21 @@ def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Ex
     try:
         with temporary.open("wb") as file:
             file.write(header)
-            for padding, prefix, entries, tensors in parts:
-                filler = bytes(padding)
+            for part in parts:
+                filler = bytes(part.padding)
                 file.write(filler)
                 whole.update(filler)
-                start = size = size + padding
+                start = size = size + part.padding
                 digest = hashlib.sha256()
-                for tensor in tensors:
-                    raw = _raw(tensor)
-                    file.write(raw)
-                    whole.update(raw)
-                    digest.update(raw)
-                    size += raw.nbytes
-                extents.append(
-                    Extent(path.name, start, size, digest.hexdigest(), prefix, tuple(entries))
-                )
+                for piece in part.pieces:
+                    file.write(piece)
+                    whole.update(piece)
+                    digest.update(piece)
+                    size += piece.nbytes
+                found = digest.hexdigest()
+                if part.source is not None:
+                    _compare(*part.source, found)
+                extents.append(Extent(path.name, start, size, found, part.prefix, part.entries))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -115,6 +166,11 @@ def read_extent(directory: Path, extent: Extent) -> dict[str, Tensor]:
 
     Raises CorruptError when the bytes are not those that were written.
     """
+    return views(read_bytes(directory, extent), extent)
+
+
+def read_bytes(directory: Path, extent: Extent) -> Tensor:
+    """The bytes of `extent` [nbytes], checked as `read_extent` checks them."""
     buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
     view: memoryview = buffer.numpy().data
     with _open(directory, extent) as file:
@@ -126,6 +182,19 @@ def read_extent(directory: Path, extent: Extent) -> dict[str, Tensor]:
                 raise _truncated(directory, extent.shard, extent.stop)
             done += read
     _compare(directory, extent, hashlib.sha256(view).hexdigest())
+    return buffer
+
+
+def join_bytes(tensors: Mapping[str, Tensor], extent: Extent) -> Tensor:
+    """A copy of the bytes [nbytes] that `write_shard` wrote for `tensors` as `extent`."""
+    buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
+    for name, view in views(buffer, extent).items():
+        view.copy_(tensors[name].detach())
+    return buffer
+
+
+def views(buffer: Tensor, extent: Extent) -> dict[str, Tensor]:
+    """The tensors of `extent` as views into its bytes [nbytes]."""
     return {
         entry.name: buffer[entry.offset : entry.offset + _size(entry)]
         .view(DTYPES[entry.dtype])
@@ -136,16 +205,26 @@ def read_extent(directory: Path, extent: Extent) -> dict[str, Tensor]:
 
 def check_extent(directory: Path, extent: Extent) -> None:
     """Read `extent` piece by piece and raise CorruptError unless its checksum holds."""
-    digest, left = hashlib.sha256(), extent.nbytes
+    digest = hashlib.sha256()
+    for piece in _pieces(directory, extent):
+        digest.update(piece)
+    _compare(directory, extent, digest.hexdigest())
+
+
+def _pieces(directory: Path, extent: Extent, stop: Event | None = None) -> Iterator[memoryview]:
+    """The bytes of `extent`, a piece at a time in memory that the next piece takes."""
+    room = memoryview(bytearray(min(extent.nbytes, _CHUNK)))
+    left = extent.nbytes
     with _open(directory, extent) as file:
         file.seek(extent.start)
         while left:
-            piece = file.read(min(left, _CHUNK))
-            if not piece:
+            if stop is not None and stop.is_set():
+                raise Stopped
+            read = file.readinto(room[:left])
+            if not read:
                 raise _truncated(directory, extent.shard, extent.stop)
-            digest.update(piece)
-            left -= len(piece)
-    _compare(directory, extent, digest.hexdigest())
+            yield room[:read]
+            left -= read
 
 
 def check_size(directory: Path, name: str, info: ShardInfo) -> None:
@@ -194,26 +273,26 @@ def sync_directory(directory: Path) -> None:
 
 
 def _lay_out(
-    groups: list[tuple[str, dict[str, Tensor]]],
-) -> tuple[bytes, list[tuple[int, str, list[Entry], list[Tensor]]]]:
+    groups: Sequence[tuple[str, Mapping[str, _Form]]],
+) -> tuple[bytes, list[tuple[int, tuple[Entry, ...]]]]:
+    """The header of a shard of `groups`, and of each its padding and the places in it."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     parts = []
     position = 0  # in the data section, which starts at a multiple of ALIGNMENT
-    for number, (prefix, tensors) in enumerate(groups):
+    for number, (prefix, forms) in enumerate(groups):
         padding = -position % ALIGNMENT
         if padding:
             header[f"pad.{number}"] = _describe("U8", (padding,), position, position + padding)
         start = position = position + padding
-        order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
         entries = []
-        for name in order:
-            tensor = tensors[name]
-            dtype = _NAMES[tensor.dtype]
-            entries.append(Entry(name, dtype, tuple(tensor.shape), position - start))
-            stop = position + tensor.nbytes
-            header[prefix + name] = _describe(dtype, tensor.shape, position, stop)
+        for name in sorted(forms, key=lambda name: (-DTYPES[forms[name][0]].itemsize, name)):
+            dtype, shape = forms[name]
+            entry = Entry(name, dtype, shape, position - start)
+            entries.append(entry)
+            stop = position + _size(entry)
+            header[prefix + name] = _describe(dtype, shape, position, stop)
             position = stop
-        parts.append((padding, prefix, entries, [tensors[name] for name in order]))
+        parts.append((padding, tuple(entries)))
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, parts
@@ -221,6 +300,11 @@ def _lay_out(
 
 def _describe(dtype: str, shape: Iterable[int], start: int, stop: int) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [start, stop]}
+
+
+def _held(tensors: Mapping[str, Tensor], entries: Iterable[Entry]) -> Iterator[memoryview]:
+    for entry in entries:
+        yield _raw(tensors[entry.name])
 
 
 def _raw(tensor: Tensor) -> memoryview:

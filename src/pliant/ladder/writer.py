@@ -6,7 +6,6 @@ of them with its checksum. `finish` assembles the artifact beside its final name
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -21,23 +20,25 @@ from torch import Tensor
 from pliant.codes import Code, from_tensors
 from pliant.errors import CorruptError, PliantError
 from pliant.ladder import document
+from pliant.ladder.held import Held
 from pliant.ladder.output import (
     check_output,
     empty,
     length,
-    link,
     put_in_place,
     recover,
     told_when_full,
     write_file,
 )
+from pliant.ladder.placing import Finished, place, placements
 from pliant.ladder.rung import Ladder, Rung
 from pliant.ladder.shard import (
     Extent,
     ShardInfo,
     check_whole,
-    read_extent,
+    read_bytes,
     sync_directory,
+    views,
     write_shard,
 )
 
@@ -58,19 +59,10 @@ class Proposal:
 
 
 @dataclass
-class _Finished:
-    """A journal entry: one shard and what is in it."""
-
-    info: ShardInfo
-    rungs: tuple[Rung, ...] = ()
-    fixed: Extent | None = None
-
-
-@dataclass
 class _Journal:
     key: str
     version: int = document.VERSION
-    shards: dict[str, _Finished] = field(default_factory=dict)
+    shards: dict[str, Finished] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -81,10 +73,11 @@ class Writer:
     """Collects shards in `<out>.partial`; one writer at a time for each `out`.
 
     key: a fingerprint of everything that decides the shards' content (checkpoint, text, recipe,
-    seed). Work left by an earlier writer is taken up only when its key is the same.
+    seed). Work left by an earlier writer is taken up only when its key is the same. hold: bytes of
+    codes that stay in memory once they were written or read, the first that come.
     """
 
-    def __init__(self, out: str | Path, key: str, overwrite: bool = False) -> None:
+    def __init__(self, out: str | Path, key: str, overwrite: bool = False, hold: int = 0) -> None:
         self.out = Path(os.path.abspath(out))
         self.overwrite = overwrite
         self.directory = self.out.with_name(self.out.name + ".partial")
@@ -97,6 +90,7 @@ class Writer:
             empty(self.directory)
             kept = _Journal(key)
         self._journal = kept
+        self._held = Held(hold)
         self._drop_damaged()
         self._save()
 
@@ -143,14 +137,17 @@ class Writer:
             Rung(p.target, index, p.method, p.options, p.code.meta(), where.nbytes, p.damage, where)
             for (index, p), where in zip(order, extents, strict=True)
         )
-        self._journal.shards[_file_name(shard)] = _Finished(info, rungs)
+        self._held.forget(_file_name(shard))
+        for (_, tensors), where in zip(groups, extents, strict=True):
+            self._held.keep(where, tensors)
+        self._journal.shards[_file_name(shard)] = Finished(info, rungs)
         self._save()
         return list(rungs)
 
     def write_fixed(self, tensors: Mapping[str, Tensor]) -> Extent:
         """Store the tensors that every size holds, under their parameter names."""
         info, extents = self._write(_file_name(FIXED), [("", tensors)])
-        self._journal.shards[_file_name(FIXED)] = _Finished(info, fixed=extents[0])
+        self._journal.shards[_file_name(FIXED)] = Finished(info, fixed=extents[0])
         self._save()
         return extents[0]
 
@@ -160,8 +157,12 @@ class Writer:
         return self._fixed().nbytes
 
     def load_code(self, rung: Rung) -> Code:
-        """The code of a rung in a finished shard."""
-        return from_tensors(rung.meta, read_extent(self.directory, rung.where))
+        """The code of a rung in a finished shard; it may share its memory with other calls'."""
+        found = self._held.get(rung.where)
+        if found is None:
+            found = read_bytes(self.directory, rung.where)
+            self._held.keep(rung.where, found)
+        return from_tensors(rung.meta, views(found, rung.where))
 
     def state(self, name: str) -> Any:
         """What `save_state` kept under `name`, in this run or the one it resumes; else None."""
@@ -188,12 +189,14 @@ class Writer:
         that it leaves out take no disk. files: config.json, tokenizer files, recipe.yaml ...
         """
         stage = self.directory / _ASSEMBLY
-        needed = sum(length(content) for content in files.values())
+        chosen = placements(ladder, self._journal.shards)
+        needed = sum(map(length, files.values())) + sum(own.nbytes for own in chosen)
+        self._held.forget()
         try:
             with told_when_full(self.directory, needed):
                 shutil.rmtree(stage, ignore_errors=True)
                 stage.mkdir()
-                rungs, shards = self._place_shards(ladder, stage)
+                rungs, shards = place(ladder, chosen, self.directory, stage)
                 made = document.Document(
                     rungs=rungs,
                     climb=ladder.climb,
@@ -219,40 +222,6 @@ class Writer:
     def discard(self) -> None:
         """Throw the partial work away."""
         shutil.rmtree(self.directory, ignore_errors=True)
-
-    def _place_shards(
-        self, ladder: Ladder, stage: Path
-    ) -> tuple[dict[str, tuple[Rung, ...]], dict[str, ShardInfo]]:
-        """Link whole shards into `stage`, rewrite those of which some rungs were left out."""
-        kept: dict[str, list[Rung]] = {}
-        for rungs in ladder.rungs.values():
-            for rung in rungs:
-                kept.setdefault(rung.where.shard, []).append(rung)
-        placed: dict[tuple[str, int], Rung] = {}
-        shards = {}
-        for name, finished in sorted(self._journal.shards.items()):
-            chosen = sorted(kept.pop(name, []), key=lambda rung: rung.where.start)
-            if finished.fixed is None and not chosen:
-                continue
-            if len(chosen) == len(finished.rungs):
-                link(self.directory / name, stage / name)
-                shards[name] = finished.info
-            else:
-                groups = (
-                    (rung.where.prefix, read_extent(self.directory, rung.where)) for rung in chosen
-                )
-                shards[name], extents = write_shard(stage / name, groups)
-                chosen = [
-                    dataclasses.replace(rung, where=where)
-                    for rung, where in zip(chosen, extents, strict=True)
-                ]
-            placed.update({(rung.target, rung.index): rung for rung in chosen})
-        if kept:
-            raise PliantError(f"the ladder has rungs in shards never written: {', '.join(kept)}")
-        return {
-            target: tuple(placed[target, rung.index] for rung in rungs)
-            for target, rungs in sorted(ladder.rungs.items())
-        }, shards
 
     def _fixed(self) -> Extent:
         finished = self._journal.shards.get(_file_name(FIXED))

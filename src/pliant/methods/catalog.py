@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pliant.errors import RecipeError
@@ -58,15 +59,20 @@ def method(
 
 def catalog() -> dict[str, MethodInfo]:
     """Every method by name, sorted; importing each file of the sub-packages fills it."""
-    package = importlib.import_module("pliant.methods")
-    for module in pkgutil.walk_packages(package.__path__, "pliant.methods."):
-        importlib.import_module(module.name)
+    _import_all()
     return dict(sorted(_CATALOG.items()))
 
 
 def find(name: str) -> MethodInfo:
     """The method called `name`; RecipeError lists the known ones when there is none."""
-    known = catalog()
-    if name not in known:
-        raise RecipeError(f"no method is called {name!r}; known methods: {', '.join(known)}")
-    return known[name]
+    _import_all()
+    if name not in _CATALOG:
+        raise RecipeError(f"no method is called {name!r}; known methods: {', '.join(catalog())}")
+    return _CATALOG[name]
+
+
+@cache  # a fit looks methods up thousands of times
+def _import_all() -> None:
+    package = importlib.import_module("pliant.methods")
+    for module in pkgutil.walk_packages(package.__path__, "pliant.methods."):
+        importlib.import_module(module.name)

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -14,10 +16,22 @@ from pliant.kernels.cpu.build import library
 
 BLOCK = 32  # columns of a call
 
+_IN_TORCH: ContextVar[bool] = ContextVar("in_torch", default=False)
+
 
 def available() -> bool:
     """Whether the native kernels are there; they are compiled if they are not yet."""
-    return library() is not None
+    return not _IN_TORCH.get() and library() is not None
+
+
+@contextmanager
+def in_torch() -> Iterator[None]:
+    """Inside, rounding takes plain torch: for what is too small to wait for a compiler."""
+    token = _IN_TORCH.set(True)
+    try:
+        yield
+    finally:
+        _IN_TORCH.reset(token)
 
 
 def search_levels(
