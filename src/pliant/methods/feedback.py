@@ -18,7 +18,8 @@ from pliant.observe.statistics import Statistics
 Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 _BLOCK = 32
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 16 << 20  # of columns that are rounded together
+_GPU_TILE_BYTES = 64 << 20
 
 
 def round_columns(
@@ -68,7 +69,7 @@ def round_levels(
     target = place[order]  # the grid's column that is rounded at each step
     groups = (target // grid.group_size).tolist()
     index = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-    step = max(64, _TILE_BYTES // (4 * width))
+    step = max(64, (_GPU_TILE_BYTES if weight.is_cuda else _TILE_BYTES) // (4 * width))
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
         columns = weight[rows].float().t()[order].contiguous()

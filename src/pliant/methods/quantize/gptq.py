@@ -15,7 +15,8 @@ from pliant.methods.grid import Grid, fit_grid
 from pliant.observe import Statistics
 
 _BLOCK = 32
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 16 << 20  # of columns that are rounded together
+_GPU_TILE_BYTES = 64 << 20
 
 # Rungs of one target share their statistics, and so the factor, which costs O(in^3).
 _FACTORS: WeakKeyDictionary[Statistics, dict[tuple[float, bool], tuple[Tensor, Tensor]]]
@@ -97,9 +98,9 @@ def inverse_factor(
         if int(failed):
             continue
         torch.cholesky_inverse(h, out=h)
-        torch.linalg.cholesky_ex(h, upper=True, out=(h, failed))
+        torch.linalg.cholesky_ex(h, out=(h, failed))
         if int(failed) == 0:
-            return h, order
+            return h.t(), order  # its transpose by columns is the upper factor by rows: no copy
     raise PliantError("the inputs' second moment is not positive definite; use more text")
 
 
@@ -107,7 +108,7 @@ def round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tenso
     """Integers [out, in] uint8 of `weight` on `grid`, errors fed forward in `order`."""
     out, width = weight.shape
     integers = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-    tile = max(64, _TILE_BYTES // (4 * width))
+    tile = max(64, (_GPU_TILE_BYTES if weight.is_cuda else _TILE_BYTES) // (4 * width))
     for start in range(0, out, tile):
         rows = slice(start, min(start + tile, out))
         columns = weight[rows].float().t()[order].contiguous()  # [in, tile]
