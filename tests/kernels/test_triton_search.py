@@ -95,7 +95,7 @@ def compare_levels(
 ) -> None:
     tables, bits = levels.stored_tables(tables), (tables.shape[1] - 1).bit_length()
     groups, costs = grouped(weight, importance, size)
-    shares = levels.clip_shares(bits, clip)
+    shares = grids.clip_shares(bits, clip)
     loss, scale, selector = (
         found.cpu()
         for found in search.search_levels(
@@ -160,7 +160,7 @@ def compare_integers(
     weight: Tensor, importance: Tensor, bits: int, size: int, symmetric: bool, clip: bool
 ) -> None:
     groups, costs = grouped(weight, importance, size)
-    shares = grids._shares(bits, clip)
+    shares = grids.clip_shares(bits, clip)
     scale, zero = (
         found.cpu()
         for found in search.search_grid(

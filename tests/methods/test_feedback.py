@@ -76,7 +76,7 @@ def test_blocks_and_tiles_do_not_change_the_indices(monkeypatch: pytest.MonkeyPa
     weight, statistics = problem(out=200)
     grid = fit_levels(weight, TABLES, 32)
     whole = round_levels(weight, statistics, grid, damp=0.1, act_order=True).indices()
-    monkeypatch.setattr(module, "_TILE_BYTES", 1)
+    monkeypatch.setattr("pliant.methods.quantize.gptq._TILE_BYTES", 1)
     for block in (1, 7, 500):
         monkeypatch.setattr(module, "_BLOCK", block)
         again = round_levels(weight, statistics, grid, damp=0.1, act_order=True).indices()

@@ -11,15 +11,13 @@ from pliant.codes import GroupLevels
 from pliant.errors import PliantError
 from pliant.kernels.rounding import BlockKernels, block_kernels
 from pliant.methods.levels import LevelGrid
-from pliant.methods.quantize.gptq import shared_factor
+from pliant.methods.quantize.gptq import rows_together, shared_factor
 from pliant.observe.statistics import Statistics
 
 # (index uint8 [rows], value [rows]) next to a column [rows] of the group of that number.
 Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 _BLOCK = 32
-_TILE_BYTES = 16 << 20  # of columns that are rounded together
-_GPU_TILE_BYTES = 64 << 20
 
 
 def round_columns(
@@ -69,7 +67,7 @@ def round_levels(
     target = place[order]  # the grid's column that is rounded at each step
     groups = (target // grid.group_size).tolist()
     index = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-    step = max(64, (_GPU_TILE_BYTES if weight.is_cuda else _TILE_BYTES) // (4 * width))
+    step = rows_together(weight)
     for start in range(0, out, step):
         rows = slice(start, min(start + step, out))
         columns = weight[rows].float().t()[order].contiguous()

@@ -11,8 +11,11 @@ from pliant.codes.group_int import GroupInt, GroupScales, quantize_scales
 from pliant.errors import PliantError
 from pliant.kernels.rounding import gpu_search
 
-_CLIPS = {1: 8, 2: 8, 3: 8, 4: 6, 5: 4, 6: 3, 7: 1, 8: 1}  # candidates of clipping per bit width
-_FLOORS = {1: 0.2, 2: 0.45, 3: 0.6}  # the narrowest of them, else 0.7
+# Candidates of clipping and the narrowest of them, by bits of an index.
+_CLIPS = {
+    1: (8, 0.2), 2: (8, 0.45), 3: (8, 0.6), 4: (6, 0.7), 5: (4, 0.7), 6: (3, 0.7), 7: (1, 1.0),
+    8: (1, 1.0),
+}  # fmt: skip
 _TILE = 1 << 19  # elements searched at once
 _GPU_TILE = 1 << 25
 
@@ -70,7 +73,7 @@ def fit_grid(
     pad = -width % size
     if importance is None:
         importance = torch.ones(width, device=weight.device)
-    shares = _shares(bits, clip)
+    shares = clip_shares(bits, clip)
     search = gpu_search(weight.device, size)
     if search is not None:
         scales, zeros = search.search_grid(weight, bits, symmetric, importance, size, shares)
@@ -79,7 +82,7 @@ def fit_grid(
     importance = torch.nn.functional.pad(importance.float(), (0, pad)).view(1, -1, size)
     scales = torch.empty(out, (width + pad) // size, device=weight.device)
     zeros = torch.empty_like(scales)
-    tile = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // (width + pad))
+    tile = tile_rows(weight, width + pad)
     for start in range(0, out, tile):
         rows = weight[start : start + tile].float()
         # Edge padding repeats a real value, so that a ragged group's range is its own.
@@ -91,10 +94,15 @@ def fit_grid(
     return Grid(bits, group_size, symmetric, stored, stored.scales_as(), zeros)
 
 
-def _shares(bits: int, clip: bool) -> list[float]:
-    """Ranges to try, as shares of the one that clips nothing."""
-    count, floor = _CLIPS[bits] if clip else 1, _FLOORS.get(bits, 0.7)
+def clip_shares(bits: int, clip: bool) -> list[float]:
+    """Ranges or scales to try, as shares of the one that clips nothing."""
+    count, floor = _CLIPS.get(bits, (1, 1.0)) if clip else (1, 1.0)
     return [1.0 - step * (1.0 - floor) / max(count - 1, 1) for step in range(count)]
+
+
+def tile_rows(weight: Tensor, width: int) -> int:
+    """Rows of `weight` that are searched at once when each takes `width` elements."""
+    return max(1, (_GPU_TILE if weight.is_cuda else _TILE) // max(width, 1))
 
 
 def _fit_tile(

@@ -12,15 +12,12 @@ from torch.nn.functional import pad
 from pliant.codes import GroupLevels, GroupScales, PowerScales, power_scales, quantize_scales
 from pliant.errors import PliantError
 from pliant.kernels.rounding import level_search
+from pliant.methods.grid import clip_shares, tile_rows
 from pliant.observe.statistics import Statistics
 
 Scaling = Literal["free", "power", "ratio"]
 
-# Candidates of clipping and the narrowest of them, by bits of an index; those of `fit_grid`.
-_CLIPS = {1: (8, 0.2), 2: (8, 0.45), 3: (8, 0.6), 4: (6, 0.7), 5: (4, 0.7), 6: (3, 0.7)}
 _ANCHORS = 4  # factors of a row that are tried within an octave
-_TILE = 1 << 19  # elements searched at once
-_GPU_TILE = 1 << 25
 TINY = 1e-8  # the least scale that is tried
 
 
@@ -51,7 +48,7 @@ class LevelGrid:
         """The code of `weight` [out, in], each value at its nearest level."""
         out, width = weight.shape
         index = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-        step = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // max(width, 1))
+        step = tile_rows(weight, width)
         for start in range(0, out, step):
             rows = slice(start, start + step)
             columns = self.columns(rows)
@@ -128,7 +125,7 @@ def fit_levels(
     selector = torch.zeros(shape, dtype=torch.int64, device=weight.device)
     factors = torch.ones(out, device=weight.device)
     loss = 0.0
-    step = max(1, (_GPU_TILE if weight.is_cuda else _TILE) // (width + extra))
+    step = tile_rows(weight, width + extra)
     for start in range(0, out, step):
         rows = slice(start, start + step)
         tile = weight[rows].float()
@@ -162,12 +159,6 @@ def _grid(
 def stored_tables(tables: Tensor) -> Tensor:
     """Levels as they are stored: what is nearest must be nearest after decoding, too."""
     return tables.half().float().sort(1).values
-
-
-def clip_shares(bits: int, clip: bool) -> list[float]:
-    """Scales to try, as shares of the one that clips nothing."""
-    count, floor = _CLIPS.get(bits, (1, 1.0)) if clip else (1, 1.0)
-    return [1.0 - step * (1.0 - floor) / max(count - 1, 1) for step in range(count)]
 
 
 def _search(

@@ -70,32 +70,56 @@ def _fed(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _nearest(  # type: ignore[no-untyped-def]
+    column, scale, beside, levels, middles, top, LEVELS: tl.constexpr
+):
+    """Index and value next to each of a column [ROWS]: of integers, or of LEVELS levels.
+
+    beside: the group's zero point, or its table.
+    """
+    if LEVELS == 0:
+        # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
+        index = tl.floor(column / tl.maximum(scale, 1e-12) + beside + 0.5)
+        index = tl.minimum(tl.maximum(index, 0.0), top)
+        value = (index - beside) * scale
+    else:
+        x = column / tl.maximum(scale, 1e-30)
+        index = tl.zeros_like(beside)
+        if LEVELS <= 16:  # all middles are asked for at once
+            for k in tl.static_range(LEVELS - 1):
+                index += (x > tl.load(middles + beside * (LEVELS - 1) + k)).to(tl.int32)
+        else:
+            for k in range(LEVELS - 1):
+                index += (x > tl.load(middles + beside * (LEVELS - 1) + k)).to(tl.int32)
+        value = tl.load(levels + beside * LEVELS + index) * scale
+    return index, value
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _feedback(  # type: ignore[no-untyped-def]
-    columns, chosen, errors, scales, zeros, groups, factor,
+    columns, chosen, errors, scales, beside, levels, middles, groups, factor,
     begin, count, rows, width, top,
-    SUB: tl.constexpr, ROWS: tl.constexpr,
+    LEVELS: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     index = tl.arange(0, SUB)
     for at in range(0, count, SUB):
         tile = _part(columns, errors, factor, begin, at, count, rows, width, row, index, SUB)
         first, end = begin + at, begin + count
-        scale, zero = _grid_of(scales, zeros, groups, first, end, rows, row)
+        scale, other = _grid_of(scales, beside, groups, first, end, rows, row)
         diagonal, spread = _spread_of(factor, first, first, end, width, index)
         for i in range(tl.minimum(SUB, count - at)):
             # The next column's are asked for before this one's are used.
             after = first + i + 1
-            scale_after, zero_after = _grid_of(scales, zeros, groups, after, end, rows, row)
+            scale_after, other_after = _grid_of(scales, beside, groups, after, end, rows, row)
             diagonal_after, spread_after = _spread_of(factor, after, first, end, width, index)
             column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
-            # Half rounds up where torch rounds it to even: such ties do not occur in real weights.
-            q = tl.floor(column / tl.maximum(scale, 1e-12) + zero + 0.5)
-            q = tl.minimum(tl.maximum(q, 0.0), top)
+            choice, value = _nearest(column, scale, other, levels, middles, top, LEVELS)
             tile = _fed(
-                tile, q, column - (q - zero) * scale, diagonal, spread,
+                tile, choice, column - value, diagonal, spread,
                 chosen, errors, begin, at + i, rows, row,
             )  # fmt: skip
-            scale, zero, diagonal, spread = scale_after, zero_after, diagonal_after, spread_after
+            scale, other, diagonal, spread = scale_after, other_after, diagonal_after, spread_after
         tl.debug_barrier()  # the next columns read these errors
 
 
@@ -116,48 +140,9 @@ def round_block(
     errors gets what is left to feed to columns beyond the block, divided by factor's diagonal.
     All tensors contiguous, on one GPU.
     """
-    width, rows = columns.shape
-    grid = (triton.cdiv(rows, _ROWS),)
-    with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
-        _feedback[grid](
-            columns, chosen, errors, scales, zeros, groups, factor,
-            begin, count, rows, width, float(top), SUB=_SUB, ROWS=_ROWS, num_warps=1,
-        )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _level_feedback(  # type: ignore[no-untyped-def]
-    columns, chosen, errors, scales, tables, middles, levels, groups, factor,
-    begin, count, rows, width,
-    LEVELS: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    index = tl.arange(0, SUB)
-    for at in range(0, count, SUB):
-        tile = _part(columns, errors, factor, begin, at, count, rows, width, row, index, SUB)
-        first, end = begin + at, begin + count
-        scale, table = _grid_of(scales, tables, groups, first, end, rows, row)
-        diagonal, spread = _spread_of(factor, first, first, end, width, index)
-        for i in range(tl.minimum(SUB, count - at)):
-            after = first + i + 1
-            scale_after, table_after = _grid_of(scales, tables, groups, after, end, rows, row)
-            diagonal_after, spread_after = _spread_of(factor, after, first, end, width, index)
-            column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
-            x = column / tl.maximum(scale, 1e-30)
-            place = tl.zeros_like(table)
-            if LEVELS <= 16:  # all middles are asked for at once
-                for k in tl.static_range(LEVELS - 1):
-                    place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
-            else:
-                for k in range(LEVELS - 1):
-                    place += (x > tl.load(middles + table * (LEVELS - 1) + k)).to(tl.int32)
-            value = tl.load(levels + table * LEVELS + place) * scale
-            tile = _fed(
-                tile, place, column - value, diagonal, spread,
-                chosen, errors, begin, at + i, rows, row,
-            )  # fmt: skip
-            scale, table, diagonal, spread = scale_after, table_after, diagonal_after, spread_after
-        tl.debug_barrier()  # the next columns read these errors
+    _launch(
+        columns, chosen, errors, scales, zeros, scales, scales, groups, factor, begin, count, top, 0
+    )
 
 
 def round_block_to_levels(
@@ -173,10 +158,23 @@ def round_block_to_levels(
     count: int,
 ) -> None:
     """`round_block` to the nearest of a table's levels times the group's scale."""
-    width, rows = columns.shape
     middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
+    _launch(
+        columns, chosen, errors, scales, tables, levels, middles, groups, factor, begin, count, 0,
+        levels.shape[1],
+    )  # fmt: skip
+
+
+def _launch(
+    columns: Tensor, chosen: Tensor, errors: Tensor, scales: Tensor, beside: Tensor,
+    levels: Tensor, middles: Tensor, groups: Tensor, factor: Tensor,
+    begin: int, count: int, top: int, number: int,
+) -> None:  # fmt: skip
+    """number: of levels in a table; 0 for integers, which read neither levels nor middles."""
+    width, rows = columns.shape
     with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
-        _level_feedback[(triton.cdiv(rows, _ROWS),)](
-            columns, chosen, errors, scales, tables, middles, levels, groups, factor,
-            begin, count, rows, width, LEVELS=levels.shape[1], SUB=_SUB, ROWS=_ROWS, num_warps=1,
+        _feedback[(triton.cdiv(rows, _ROWS),)](
+            columns, chosen, errors, scales, beside, levels, middles, groups, factor,
+            begin, count, rows, width, float(top),
+            LEVELS=number, SUB=_SUB, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip

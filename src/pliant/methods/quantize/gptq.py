@@ -108,13 +108,18 @@ def round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tenso
     """Integers [out, in] uint8 of `weight` on `grid`, errors fed forward in `order`."""
     out, width = weight.shape
     integers = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
-    tile = max(64, (_GPU_TILE_BYTES if weight.is_cuda else _TILE_BYTES) // (4 * width))
+    tile = rows_together(weight)
     for start in range(0, out, tile):
         rows = slice(start, min(start + tile, out))
         columns = weight[rows].float().t()[order].contiguous()  # [in, tile]
         chosen = _round_tile(columns, grid, rows, factor, order)
         integers[rows] = chosen[torch.argsort(order)].t()
     return integers
+
+
+def rows_together(weight: Tensor) -> int:
+    """Rows of `weight` [out, in] that are rounded together, as float32 columns."""
+    return max(64, (_GPU_TILE_BYTES if weight.is_cuda else _TILE_BYTES) // (4 * weight.shape[1]))
 
 
 def _round_tile(columns: Tensor, grid: Grid, rows: slice, factor: Tensor, order: Tensor) -> Tensor:

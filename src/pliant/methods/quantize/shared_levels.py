@@ -11,11 +11,11 @@ from pliant.errors import PliantError
 from pliant.kernels.rounding import gpu_search
 from pliant.methods.catalog import method
 from pliant.methods.feedback import round_levels
+from pliant.methods.grid import clip_shares
 from pliant.methods.levels import (
     TINY,
     LevelGrid,
     channel_importance,
-    clip_shares,
     fit_levels,
     stored_tables,
 )
