@@ -193,7 +193,10 @@ class Bench:
 
 
 def device_name(device: str) -> str:
-    return torch.cuda.get_device_name(device) if device.startswith("cuda") else "two CPU cores"
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return {1: "one CPU core", 2: "two CPU cores"}.get(threads, f"{threads} CPU cores")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def write(known: Known, path: Path) -> None:
         f"## Measured: {settings.get('model')}, all linear layers alike",
         "",
         f"`python bench/methods.py --text wikitext2-test.txt --windows {settings.get('windows')} "
-        f"--sequences {settings.get('sequences')}`, on {' and '.join(devices)}.",
+        f"--sequences {settings.get('sequences')}`, on {', '.join(devices)}.",
         "",
         "Bits count integers, scales, zero points, codebooks, factors and indices. Second moments",
         "are weighted by the likelihood's gradient for every method that uses them. Seconds are of",
