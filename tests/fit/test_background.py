@@ -6,9 +6,12 @@ from collections.abc import Callable
 from threading import Event, get_ident
 
 import pytest
+import torch
 
 from pliant.errors import PliantError
 from pliant.fit.background import Background
+
+CPU = torch.device("cpu")
 
 
 def fail() -> None:
@@ -18,7 +21,7 @@ def fail() -> None:
 @pytest.mark.parametrize("threaded", [True, False])
 def test_jobs_run_in_order(threaded: bool) -> None:
     done: list[int] = []
-    with Background(threaded) as background:
+    with Background(CPU, threaded) as background:
         for number in range(9):
             background.run(lambda number=number: done.append(number))  # type: ignore[misc]
             assert len(done) >= number, "the one before has ended"
@@ -32,7 +35,7 @@ def test_a_job_runs_beside_and_the_next_waits_for_it() -> None:
         threads.add(get_ident())
         go.wait()
 
-    with Background() as background:
+    with Background(CPU, threaded=True) as background:
         background.run(job)
         background.check()
         go.set()
@@ -42,7 +45,7 @@ def test_a_job_runs_beside_and_the_next_waits_for_it() -> None:
 
 
 def test_without_a_thread_it_runs_at_once_and_raises_there() -> None:
-    with Background(threaded=False) as background, pytest.raises(PliantError, match="full"):
+    with Background(CPU) as background, pytest.raises(PliantError, match="full"):
         background.run(fail)
 
 
@@ -50,7 +53,7 @@ def test_without_a_thread_it_runs_at_once_and_raises_there() -> None:
 def test_an_error_is_raised_once_where_it_is_met_first(where: str) -> None:
     met, done = [], []
     try:
-        with Background() as background:
+        with Background(CPU, threaded=True) as background:
             background.run(fail)
             if where == "run":
                 background.run(lambda: done.append(1))
@@ -80,7 +83,7 @@ def test_an_error_of_the_caller_is_not_hidden_by_the_jobs() -> None:
 
 
 def _begin_and_raise(job: Callable[[], None], error: type[BaseException], go: Event) -> None:
-    with Background() as background:
+    with Background(CPU, threaded=True) as background:
         background.run(job)
         go.set()
         raise error

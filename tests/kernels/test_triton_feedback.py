@@ -69,10 +69,10 @@ def test_levels_are_those_of_the_loop(out: int, width: int, group_size: int, tab
     levels[:, 0], levels[:, -1] = -2.0, 2.0
     grid = fit_levels(weight, levels, group_size)
     factor, order = gptq.inverse_factor(x.t() @ x / 256)
-    groups = (order // group_size).tolist()
+    groups = order // group_size
     columns = weight.t()[order].contiguous()
     launched = feedback._round_blocks(KERNELS, columns.clone(), groups, factor, grid, slice(0, out))
     nearest = grid.columns(slice(0, out)).nearest
-    looped = feedback.round_columns(columns.clone(), groups, factor, nearest)
+    looped = feedback.round_columns(columns.clone(), groups.tolist(), factor, nearest)
     assert (launched == looped).float().mean() > 0.995
     assert launched.unique().numel() > 4

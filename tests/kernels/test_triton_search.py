@@ -64,11 +64,14 @@ def grouped(weight: Tensor, importance: Tensor, size: int) -> tuple[Tensor, Tens
 
 
 def assert_as_good(found: Tensor, expected: Tensor, same: Tensor) -> None:
-    """Losses differ by no more than rounding, and only where another candidate was taken."""
+    """Losses differ by no more than rounding, and only where another candidate was taken.
+
+    Which one is taken is compared where a loss is left: several fit a group of one value exactly.
+    """
     spare = 1e-5 * expected + 1e-12
     assert bool((found <= expected + spare).all())
     assert bool((same | ((found - expected).abs() <= spare)).all())
-    assert same.float().mean() > 0.9
+    assert same[expected > 1e-12].float().sum() >= 0.9 * (expected > 1e-12).sum()
 
 
 @pytest.mark.parametrize(("out", "width", "size"), SHAPES)
@@ -124,12 +127,13 @@ def test_a_fit_is_torchs(bits: int, tables: int, launched: pytest.MonkeyPatch) -
     integers = fit_grid(weight.to(DEVICE), bits, 64, importance=importance.to(DEVICE), scale_bits=6)
     in_torch(launched)
     expected = fit_levels(weight, table, 64, importance=importance, scale_bits=6)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert (found.scales.cpu() == expected.scales).float().mean() > 0.9
+    assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+    varied = [0, 2, 3, 4]  # of a row of one value several scales leave nothing
+    assert (found.scales.cpu()[varied] == expected.scales[varied]).float().mean() > 0.9
     assert (found.selector is None) == (tables == 1)
     # To nearest with these scales: what they make of the weights is the same.
     ours, theirs = (g.round(weight.to(d)) for g, d in ((found, DEVICE), (expected, "cpu")))
-    assert (ours.decode().cpu() == theirs.decode()).float().mean() > 0.9
+    assert (ours.decode().cpu()[varied] == theirs.decode()[varied]).float().mean() > 0.9
     other = fit_grid(weight, bits, 64, importance=importance, scale_bits=6)
     assert (integers.scales.cpu() == other.scales).float().mean() > 0.9
     assert (integers.zeros.cpu() == other.zeros).float().mean() > 0.9

@@ -13,8 +13,6 @@ from pliant.ladder import shard
 from pliant.ladder.shard import (
     check_extent,
     copy_extents,
-    join_bytes,
-    read_bytes,
     read_extent,
     write_shard,
 )
@@ -137,10 +135,3 @@ def test_a_copy_that_is_told_to_stop_leaves_nothing(tmp_path):
     with pytest.raises(shard.Stopped):
         copy_extents(tmp_path, extents, tmp_path / "y.safetensors", stop)
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
-
-
-def test_joined_bytes_are_those_on_disk(tmp_path):
-    _, extents = write_shard(tmp_path / "x.safetensors", GROUPS)
-    for (_, tensors), extent in zip(GROUPS, extents, strict=True):
-        joined = join_bytes({n: t.clone() for n, t in tensors.items()}, extent)
-        assert torch.equal(joined, read_bytes(tmp_path, extent))

@@ -236,7 +236,7 @@ def same(one, other) -> bool:
 def test_held_codes_are_those_on_disk(tmp_path, tiny):
     """Also where tensors are views of larger ones, or not in order."""
     ladder = Artifact.open(tiny).ladder
-    writer = Writer(tmp_path / "out", key="a", hold=1 << 30)
+    writer = Writer(tmp_path / "out", key="a", hold={"cpu": 1 << 30})
     for target in ladder.rungs:
         codes = [Artifact.open(tiny).load_code(target, r.index) for r in ladder.rungs[target]]
         codes.append(Dense(torch.randn(16, 300).t()[:, 3:9].double().half()))
@@ -254,7 +254,7 @@ def test_held_codes_are_those_on_disk(tmp_path, tiny):
 
 
 def test_no_more_is_held_than_allowed_and_nothing_stale(tmp_path):
-    writer = Writer(tmp_path / "out", key="a", hold=16 * 9)
+    writer = Writer(tmp_path / "out", key="a", hold={"cpu": 16 * 9})
     small, _, large = writer.write("outer", dense("t", 3, 9, 5))
     path = writer.directory / "outer.safetensors"
     first = path.read_bytes()
@@ -329,11 +329,11 @@ def test_a_write_cut_in_the_middle_of_a_shard_leaves_the_old_artifact(mine, monk
     writer = Writer(mine, key="new", overwrite=True)
     writer.write("outer", dense("t", 2))
 
-    def cut(descriptor):
+    def cut(*paths):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard.os, "fsync", cut)
+        patch.setattr(shard.os, "replace", cut)
         with pytest.raises(KeyboardInterrupt):
             writer.write("block-00000", dense("u", 2))
     assert contents(mine) == before
@@ -378,11 +378,11 @@ def test_a_full_disk_is_told_and_the_work_is_kept(full_disk):
 def test_a_full_disk_without_mounting(tmp_path, monkeypatch):
     writer = Writer(tmp_path / "out", key="a")
 
-    def full(descriptor):
+    def full(*paths):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(shard.os, "fsync", full)
+        patch.setattr(shard.os, "replace", full)
         with pytest.raises(PliantError, match="free some space"):
             writer.write("outer", dense("t", 2))
     assert [p.name for p in writer.directory.iterdir()] == ["journal.json"]

@@ -257,7 +257,7 @@ def test_damage_is_quadratic_in_the_error(tmp_path: Path) -> None:
     seen, _ = run(pass_back)
     for observation in seen.values():
         error = torch.randn(observation.target.shape, generator=torch.Generator().manual_seed(0))
-        once = observation.damage(error)
+        once = float(observation.damage(error))
         assert once > 0
         assert observation.damage(3 * error) == pytest.approx(9 * once, rel=1e-4)
         assert observation.damage(-error) == pytest.approx(once, rel=1e-4)

@@ -64,18 +64,19 @@ class GroupScales:
         return 2 * out * groups if bits == 16 else packed_nbytes(out, groups, bits) + 2 * out
 
 
-def quantize_scales(scales: Tensor, scale_bits: int = 16) -> GroupScales:
+def quantize_scales(scales: Tensor, scale_bits: int = 16, *, check: bool = True) -> GroupScales:
     """Round `scales` (float [out, groups], >= 0 unless scale_bits is 16) to their stored form.
 
     A method rounds its scales first and chooses integers against `scales_as()` afterwards.
-    A positive scale never rounds to zero.
+    A positive scale never rounds to zero. check: `scales` might be negative; to see that none is,
+    a GPU is waited for.
     """
     scales = scales.detach().float()
     if scale_bits == 16:
         return GroupScales((_half(scales),), None, 16, scales.shape[1])
     if not 4 <= scale_bits <= 8:
         raise PliantError(f"scale_bits must be 16 or 4 to 8, not {scale_bits}")
-    if bool((scales < 0).any()):
+    if check and bool((scales < 0).any()):
         raise PliantError("negative scales need scale_bits=16")
     top = 2**scale_bits - 1
     row_scale = _half(scales.amax(1) * (2**scale_bits / top))
@@ -134,8 +135,13 @@ class GroupInt(Code):
         bits: int,
         group_size: int,
         scale_bits: int = 16,
+        *,
+        check: bool = True,
     ) -> GroupInt:
-        """Store integers; `group_size` <= 0 or beyond the width means one group a row."""
+        """Store integers; `group_size` <= 0 or beyond the width means one group a row.
+
+        check: integers might be out of range; to see that none is, a GPU is waited for.
+        """
         out, width = q.shape
         if bits not in PLANES:
             raise PliantError(f"bits must be 1 to 8, not {bits}")
@@ -147,7 +153,7 @@ class GroupInt(Code):
         if zeros is not None and tuple(zeros.shape) != (out, groups):
             raise PliantError(f"expected zeros [{out}, {groups}], not {tuple(zeros.shape)}")
         for what, values in (("q", q), ("zeros", zeros)):
-            if values is not None:
+            if values is not None and check:
                 check_range(what, values, 2**bits)
         packed_zeros = None if zeros is None else pack(zeros, bits)
         return cls(pack(q, bits), stored, packed_zeros, width, bits, group_size)

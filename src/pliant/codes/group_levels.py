@@ -52,8 +52,13 @@ class GroupLevels(Code):
         selector: Tensor | None,  # [out, groups] integers below `tables`; None with one table
         bits: int,
         group_size: int,
+        *,
+        check: bool = True,
     ) -> GroupLevels:
-        """Store indices; `group_size` <= 0 or beyond the width means one group a row."""
+        """Store indices; `group_size` <= 0 or beyond the width means one group a row.
+
+        check: integers might be out of range; to see that none is, a GPU is waited for.
+        """
         out, width = index.shape
         if bits not in PLANES:
             raise PliantError(f"bits must be 1 to 8, not {bits}")
@@ -71,7 +76,7 @@ class GroupLevels(Code):
         if selector is not None and tuple(selector.shape) != (out, groups):
             raise PliantError(f"expected a selector [{out}, {groups}], not {list(selector.shape)}")
         for what, values, bound in (("index", index, 2**bits), ("selector", selector, count)):
-            if values is not None:
+            if values is not None and check:
                 check_range(what, values, bound)
         chosen = None if selector is None else pack(selector, _selector_bits(count))
         half = tables.clamp(-65504, 65504).half().contiguous()

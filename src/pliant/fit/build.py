@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from pliant.codes import Code, Dense, GroupInt
 from pliant.errors import PliantError
 from pliant.fit.recipe import KEEP, RungSpec
+from pliant.kernels import decode
 from pliant.ladder import Proposal
 from pliant.methods import find
 from pliant.model import StreamedModel, Target
@@ -21,13 +25,28 @@ _UNSEEN = 1e-9
 _INTEGER_METHODS = ("gptq", "rtn")
 
 
+@dataclass(frozen=True)
+class Built:
+    """A rung on the device that made it; on a GPU its numbers may still be on their way.
+
+    damage: nats a token that its error is predicted to do, float64 [].
+    """
+
+    target: str
+    method: str
+    options: dict[str, Any]
+    code: Code
+    damage: Tensor
+
+
 def build_rungs(
     model: StreamedModel, observation: Observation, specs: Sequence[RungSpec]
-) -> list[Proposal]:
-    """A code for each spec, with the damage that its error is predicted to do, in nats a token."""
+) -> list[Built]:
+    """A code for each spec. Nothing here waits for a GPU."""
     target = observation.target
     weight = model.weight(target)
-    norm = float(weight.norm())
+    norm = weight.norm()
+    norm = torch.where(norm > 0, norm, 1.0)
 
     made = []
     for spec in specs:
@@ -37,12 +56,22 @@ def build_rungs(
             code = Dense(weight.to(model.checkpoint.dtype, copy=True))
         else:
             code = find(method).function(weight, observation.statistics, **options)
-        error = code.decode(torch.float32).sub_(weight)
-        damage = observation.damage(error) + _UNSEEN * float(error.norm() / (norm or 1.0)) ** 2
-        if not math.isfinite(damage):
-            raise PliantError(f"{method} on {target.name} gave values that are not finite")
-        made.append(Proposal(target.name, method, options, code.to("cpu"), damage))
+        error = decode(code).sub_(weight)
+        damage = observation.damage(error) + _UNSEEN * (error.norm() / norm).double() ** 2
+        made.append(Built(target.name, method, options, code, damage))
     return made
+
+
+def proposals(built: Sequence[Built]) -> list[Proposal]:
+    """The same with their damages known; PliantError where one is not finite."""
+    damages = torch.stack([rung.damage for rung in built]).tolist() if built else []
+    for rung, damage in zip(built, damages, strict=True):
+        if not math.isfinite(damage):
+            raise PliantError(f"{rung.method} on {rung.target} gave values that are not finite")
+    return [
+        Proposal(rung.target, rung.method, rung.options, rung.code, damage)
+        for rung, damage in zip(built, damages, strict=True)
+    ]
 
 
 def usable(spec: RungSpec, observation: Observation) -> tuple[str, dict[str, object]]:

@@ -33,9 +33,12 @@ def resident_bytes(device: torch.device) -> int:
     return free // 3
 
 
-def held_bytes(device: torch.device) -> int:
-    """Bytes of codes that may stay in main memory: a quarter of what is free beside a GPU.
+def held_bytes(device: torch.device) -> dict[str, int]:
+    """Bytes of codes that may stay in memory: a quarter of what is free, beside a GPU.
 
     None where the work itself is done in main memory.
     """
-    return int(psutil.virtual_memory().available) // 4 if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return {}
+    free, _ = torch.cuda.mem_get_info(device)
+    return {"cuda": free // 4, "cpu": int(psutil.virtual_memory().available) // 4}

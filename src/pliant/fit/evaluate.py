@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pliant.codes import Code
+from pliant.kernels import decode
 from pliant.model import StreamedModel, Target
 
 _LOGITS_BYTES = 256 << 20
@@ -39,7 +40,7 @@ class Evaluator:
 
         def weight(target: Target) -> Tensor | None:
             code = code_of(target)
-            return None if code is None else code.to(self._model.device).decode(torch.float32)
+            return None if code is None else decode(code.to(self._model.device))
 
         total, count = 0.0, 0
         with self._model.substitute(weight):

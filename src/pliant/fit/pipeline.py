@@ -18,7 +18,7 @@ from torch import Tensor
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
 from pliant.fit.background import Background
-from pliant.fit.build import build_rungs, estimate_nbytes
+from pliant.fit.build import Built, build_rungs, estimate_nbytes, proposals
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import find_device, held_bytes, resident_bytes
 from pliant.fit.evaluate import Evaluator
@@ -37,7 +37,7 @@ from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
 from pliant.fit.training import reconstructed_rungs, trained_rungs, training_text
 from pliant.fit.tune import trained_sizes
-from pliant.ladder import Ladder, Proposal, Rung, Writer, check_output
+from pliant.ladder import Ladder, Rung, Writer, check_output
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
 from pliant.model import StreamedModel, Target, open_checkpoint
@@ -344,7 +344,7 @@ class _Job:
             for index, name in enumerate(names):
                 block = index if index < blocks else None
                 seen = [_unseen(t) for t in self.model.targets if t.block == block]
-                writer.write(name, self._proposals(seen))
+                writer.write(name, proposals(self._rungs(seen)))
                 self.report("storing", index + 1, len(names))
             return
         sweep = Sweep(
@@ -365,19 +365,19 @@ class _Job:
                 gradient = top
             heads = [put_aside(work, o) for o in heads]  # not needed until the layers are done
             release()
-        with Background(_writes_beside(self.model.device)) as writing:
+        with Background(self.model.device) as writing:
             for index in range(start - 1, -1, -1):
-                proposals: list[Proposal] | None = None
+                built: list[Built] | None = None
                 fresh = not writer.has(shards[index])
                 seen, gradient = sweep.block(index, gradient, observe=fresh)
                 if fresh:
                     count = len(seen)
-                    proposals = self._proposals(seen, done, check=writing.check)
+                    built = self._rungs(seen, done, check=writing.check)
                     done += count
-                writing.run(partial(self._keep, writer, work, index, proposals, gradient))
+                writing.run(partial(self._keep, writer, work, index, built, gradient))
         if not writer.has("outer") and outer:
             sweep.look_ups(heads, gradient)
-            writer.write("outer", self._proposals(heads, done, work))
+            writer.write("outer", proposals(self._rungs(heads, done, work)))
         sweep.forget()
 
     def _keep(
@@ -385,28 +385,28 @@ class _Job:
         writer: Writer,
         work: Path,
         index: int,
-        proposals: list[Proposal] | None,
+        built: list[Built] | None,
         gradient: Tensor,
     ) -> None:
         """Write layer `index`'s rungs, if they are not yet, and then the gradient at its input.
 
         In this order, layer after layer: a resumed run goes on below the gradient that it finds.
         """
-        if proposals is not None:
-            writer.write(self._shards()[index], proposals)
-            proposals.clear()
+        if built is not None:
+            writer.write(self._shards()[index], proposals(built))
+            built.clear()
         release()
         self._save_gradient(work, index, gradient)
 
-    def _proposals(
+    def _rungs(
         self,
         seen: list[Observation],
         done: int | None = None,
         aside: Path | None = None,
         check: Callable[[], None] | None = None,
-    ) -> list[Proposal]:
+    ) -> list[Built]:
         """The rungs of what was observed. check: called after each target."""
-        proposals: list[Proposal] = []
+        built: list[Built] = []
         # The widest first: its moments are the largest, and no codes are held yet. Statistics go
         # as soon as the rungs are made.
         seen.sort(key=lambda observation: -observation.target.shape[1])
@@ -414,13 +414,13 @@ class _Job:
             observation = seen.pop(0)
             if aside is not None:
                 observation = take_back(aside, observation, self.model.device)
-            proposals += build_rungs(self.model, observation, self.specs[observation.target.name])
+            built += build_rungs(self.model, observation, self.specs[observation.target.name])
             if done is not None:
                 done += 1
                 self.report("building rungs", done, len(self.model.targets))
             if check is not None:
                 check()
-        return proposals
+        return built
 
     def _needs(self) -> Mapping[str, frozenset[str]]:
         return {n: frozenset().union(*(s.needs() for s in own)) for n, own in self.specs.items()}
@@ -459,11 +459,6 @@ class _Job:
 def _fixed(model: StreamedModel) -> dict[str, Tensor]:
     """What every size holds, in 32 bits: how it is computed with, so that its bytes are planned."""
     return {n: t.float() if t.is_floating_point() else t for n, t in model.others()}
-
-
-def _writes_beside(device: torch.device) -> bool:
-    """Whether a layer is written while the next is built: not where both take the same memory."""
-    return device.type == "cuda"
 
 
 def _numbers(targets: Sequence[Target]) -> int:

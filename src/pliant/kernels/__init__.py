@@ -2,6 +2,7 @@
 
 from pliant.kernels import cpu, gpu, reference  # noqa: F401  (they register their kernels)
 from pliant.kernels.activations import fake_quantize_activations, rounded_activations
+from pliant.kernels.decoding import decode
 from pliant.kernels.dispatch import matmul, register
 
-__all__ = ["fake_quantize_activations", "matmul", "register", "rounded_activations"]
+__all__ = ["decode", "fake_quantize_activations", "matmul", "register", "rounded_activations"]

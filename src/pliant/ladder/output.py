@@ -12,7 +12,7 @@ from pathlib import Path
 from pliant.budget import format_size
 from pliant.errors import PliantError
 from pliant.ladder.document import FILE_NAME, SEAL
-from pliant.ladder.shard import sync_directory
+from pliant.ladder.shard import sync
 
 
 def check_output(out: str | Path, overwrite: bool = False) -> None:
@@ -55,7 +55,7 @@ def put_in_place(stage: Path, out: Path, overwrite: bool) -> None:
         if replaced:
             os.rename(aside, out)
         raise
-    sync_directory(out.parent)
+    sync(out.parent)
     if replaced:
         shutil.rmtree(aside)
 

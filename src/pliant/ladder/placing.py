@@ -14,7 +14,7 @@ from typing import TypeVar
 from pliant.errors import PliantError
 from pliant.ladder.output import link
 from pliant.ladder.rung import Ladder, Rung
-from pliant.ladder.shard import Extent, ShardInfo, copy_extents
+from pliant.ladder.shard import Extent, ShardInfo, copy_extents, sync
 
 _THREADS = min(16, os.cpu_count() or 1)
 T = TypeVar("T")
@@ -50,6 +50,7 @@ class Placement:
         """Bring the shard from `directory` to `stage`; the rungs say where they are then."""
         if self.whole:
             link(directory / self.shard, stage / self.shard)
+            sync(stage / self.shard)
             return self.finished.info, list(self.rungs)
         info, extents = copy_extents(
             directory, [rung.where for rung in self.rungs], stage / self.shard, stop

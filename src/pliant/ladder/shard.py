@@ -92,10 +92,12 @@ class _Part:
     source: tuple[Path, Extent] | None = None
 
 
-def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Extent]]:
-    """Write `groups` to `path` through a temporary file, synced and renamed at the end.
+def write_shard(
+    path: Path, groups: Iterable[Group], *, durable: bool = True
+) -> tuple[ShardInfo, list[Extent]]:
+    """Write `groups` to `path` through a temporary file, renamed at the end.
 
-    Nothing is left behind when it fails.
+    Nothing is left behind when it fails. durable: it survives a power cut.
     """
     held = [(prefix, dict(tensors)) for prefix, tensors in groups]
     header, places = _lay_out(
@@ -106,7 +108,7 @@ def write_shard(path: Path, groups: Iterable[Group]) -> tuple[ShardInfo, list[Ex
         _Part(padding, prefix, entries, _held(own, entries))
         for (padding, entries), (prefix, own) in zip(places, held, strict=True)
     ]
-    return _write(path, header, parts)
+    return _write(path, header, parts, durable)
 
 
 def copy_extents(
@@ -127,7 +129,9 @@ def copy_extents(
     return _write(path, header, parts)
 
 
-def _write(path: Path, header: bytes, parts: Iterable[_Part]) -> tuple[ShardInfo, list[Extent]]:
+def _write(
+    path: Path, header: bytes, parts: Iterable[_Part], durable: bool = True
+) -> tuple[ShardInfo, list[Extent]]:
     temporary = path.with_name(path.name + ".tmp")
     whole = hashlib.sha256(header)
     size = len(header)
@@ -151,12 +155,14 @@ def _write(path: Path, header: bytes, parts: Iterable[_Part]) -> tuple[ShardInfo
                     _compare(*part.source, found)
                 extents.append(Extent(path.name, start, size, found, part.prefix, part.entries))
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_directory(path.parent)
+    if durable:
+        sync(path.parent)
     info = ShardInfo(size, whole.hexdigest(), len(header), hashlib.sha256(header).hexdigest())
     return info, extents
 
@@ -182,14 +188,6 @@ def read_bytes(directory: Path, extent: Extent) -> Tensor:
                 raise _truncated(directory, extent.shard, extent.stop)
             done += read
     _compare(directory, extent, hashlib.sha256(view).hexdigest())
-    return buffer
-
-
-def join_bytes(tensors: Mapping[str, Tensor], extent: Extent) -> Tensor:
-    """A copy of the bytes [nbytes] that `write_shard` wrote for `tensors` as `extent`."""
-    buffer = torch.empty(extent.nbytes, dtype=torch.uint8)
-    for name, view in views(buffer, extent).items():
-        view.copy_(tensors[name].detach())
     return buffer
 
 
@@ -258,10 +256,10 @@ def check_whole(directory: Path, name: str, info: ShardInfo) -> None:
         raise CorruptError(f"{directory / name} fails its checksum; {ADVICE}")
 
 
-def sync_directory(directory: Path) -> None:
-    """Make renames in `directory` survive a power cut, where the system can."""
+def sync(path: Path) -> None:
+    """Make a file's bytes, or a directory's renames, survive a power cut, where the system can."""
     try:
-        descriptor = os.open(directory, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return
     try:

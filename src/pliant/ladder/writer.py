@@ -36,9 +36,8 @@ from pliant.ladder.shard import (
     Extent,
     ShardInfo,
     check_whole,
-    read_bytes,
-    sync_directory,
-    views,
+    read_extent,
+    sync,
     write_shard,
 )
 
@@ -74,10 +73,16 @@ class Writer:
 
     key: a fingerprint of everything that decides the shards' content (checkpoint, text, recipe,
     seed). Work left by an earlier writer is taken up only when its key is the same. hold: bytes of
-    codes that stay in memory once they were written or read, the first that come.
+    codes, by type of device, that stay in memory once they were written or read (`Held`).
     """
 
-    def __init__(self, out: str | Path, key: str, overwrite: bool = False, hold: int = 0) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        key: str,
+        overwrite: bool = False,
+        hold: Mapping[str, int] | None = None,
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         self.overwrite = overwrite
         self.directory = self.out.with_name(self.out.name + ".partial")
@@ -90,7 +95,7 @@ class Writer:
             empty(self.directory)
             kept = _Journal(key)
         self._journal = kept
-        self._held = Held(hold)
+        self._held = Held(hold or {})
         self._drop_damaged()
         self._save()
 
@@ -160,9 +165,9 @@ class Writer:
         """The code of a rung in a finished shard; it may share its memory with other calls'."""
         found = self._held.get(rung.where)
         if found is None:
-            found = read_bytes(self.directory, rung.where)
+            found = read_extent(self.directory, rung.where)
             self._held.keep(rung.where, found)
-        return from_tensors(rung.meta, views(found, rung.where))
+        return from_tensors(rung.meta, found)
 
     def state(self, name: str) -> Any:
         """What `save_state` kept under `name`, in this run or the one it resumes; else None."""
@@ -210,7 +215,7 @@ class Writer:
                 )
                 for name, content in {**files, document.FILE_NAME: document.to_bytes(made)}.items():
                     write_file(stage / name, content)
-                sync_directory(stage)
+                sync(stage)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)
             raise
@@ -234,7 +239,8 @@ class Writer:
     ) -> tuple[ShardInfo, list[Extent]]:
         needed = sum(tensor.nbytes for _, tensors in groups for tensor in tensors.values())
         with told_when_full(self.directory, needed):
-            return write_shard(self.directory / name, groups)
+            # Not synced: a shard that a power cut tears fails its checksum and is built again.
+            return write_shard(self.directory / name, groups, durable=False)
 
     def _read_journal(self) -> _Journal | None:
         path = self.directory / JOURNAL

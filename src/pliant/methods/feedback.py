@@ -65,7 +65,7 @@ def round_levels(
     out, width = weight.shape
     place = torch.arange(width, device=weight.device) if place is None else place
     target = place[order]  # the grid's column that is rounded at each step
-    groups = (target // grid.group_size).tolist()
+    groups = target // grid.group_size
     index = torch.empty(out, width, dtype=torch.uint8, device=weight.device)
     step = rows_together(weight)
     for start in range(0, out, step):
@@ -75,13 +75,14 @@ def round_levels(
         if kernels is not None:
             chosen = _round_blocks(kernels, columns, groups, factor, grid, rows)
         else:
-            chosen = round_columns(columns, groups, factor, grid.columns(rows).nearest)
+            near = grid.columns(rows).nearest
+            chosen = round_columns(columns, groups.tolist(), factor, near)
         index[rows, target] = chosen.t()
     return grid.pack(index)
 
 
 def _round_blocks(
-    kernels: BlockKernels, columns: Tensor, groups: list[int], factor: Tensor, grid: LevelGrid,
+    kernels: BlockKernels, columns: Tensor, groups: Tensor, factor: Tensor, grid: LevelGrid,
     rows: slice,
 ) -> Tensor:  # fmt: skip
     """As `round_columns`, a block of columns a call."""
@@ -91,7 +92,7 @@ def _round_blocks(
     if grid.selector is not None:
         tables = grid.selector[rows].t().to(torch.int32).contiguous()
     levels, factor = grid.tables.contiguous(), factor.contiguous()
-    of = torch.tensor(groups, dtype=torch.int32, device=device)
+    of = groups.to(torch.int32)
     chosen = torch.empty(columns.shape, dtype=torch.uint8, device=device)
     errors = columns.new_empty(block, columns.shape[1])
     for begin in range(0, width, block):

@@ -48,6 +48,7 @@ class Grid:
             None if self.symmetric else self.zeros.to(torch.uint8),
             self.bits,
             self.group_size,
+            check=False,
         )
 
 
@@ -77,7 +78,7 @@ def fit_grid(
     search = gpu_search(weight.device, size)
     if search is not None:
         scales, zeros = search.search_grid(weight, bits, symmetric, importance, size, shares)
-        stored = quantize_scales(scales, scale_bits)
+        stored = quantize_scales(scales, scale_bits, check=False)
         return Grid(bits, group_size, symmetric, stored, stored.scales_as(), zeros)
     importance = torch.nn.functional.pad(importance.float(), (0, pad)).view(1, -1, size)
     scales = torch.empty(out, (width + pad) // size, device=weight.device)

@@ -27,7 +27,7 @@ class LevelGrid:
 
     tables: rising levels [tables, 2**bits] float32, exact in fp16. scales: as they will be
     stored, [out, groups] float32. selector: [out, groups] int64, None with one table. loss: the
-    weighted squared error of rounding to this grid, before scales were stored.
+    weighted squared error of rounding to this grid, before scales were stored; float32 [].
     """
 
     bits: int
@@ -36,12 +36,12 @@ class LevelGrid:
     stored: GroupScales | PowerScales
     scales: Tensor
     selector: Tensor | None
-    loss: float
+    loss: Tensor
 
     def pack(self, index: Tensor) -> GroupLevels:
         """The code of `index` [out, in] uint8 on this grid."""
         return GroupLevels.pack(
-            index, self.stored, self.tables, self.selector, self.bits, self.group_size
+            index, self.stored, self.tables, self.selector, self.bits, self.group_size, check=False
         )
 
     def round(self, weight: Tensor) -> GroupLevels:
@@ -113,18 +113,19 @@ def fit_levels(
     if importance is None:
         importance = torch.ones(width, device=weight.device)
     search = level_search(weight.device, size) if scaling == "free" else None
+    stored: GroupScales | PowerScales
     if search is not None:
         losses, scales, selector = search(
             weight, tables, importance, size, clip_shares(bits, clip), TINY
         )
-        return _grid(bits, size, tables, quantize_scales(scales, scale_bits), selector,
-                     float(losses.sum()))  # fmt: skip
+        stored = quantize_scales(scales, scale_bits, check=False)
+        return _grid(bits, size, tables, stored, selector, losses.sum())
     importance = pad(importance.float(), (0, extra)).view(1, -1, size)
     shape = out, (width + extra) // size
     scales = torch.empty(shape, device=weight.device)
     selector = torch.zeros(shape, dtype=torch.int64, device=weight.device)
     factors = torch.ones(out, device=weight.device)
-    loss = 0.0
+    loss = torch.zeros((), device=weight.device)
     step = tile_rows(weight, width + extra)
     for start in range(0, out, step):
         rows = slice(start, start + step)
@@ -138,8 +139,7 @@ def fit_levels(
             found, scales[rows], factors[rows] = _to_powers(
                 groups, picked, importance, scales[rows], clip, scaling == "ratio"
             )
-        loss += float(found.sum())
-    stored: GroupScales | PowerScales
+        loss += found.sum()
     if scaling == "free":
         stored = quantize_scales(scales, scale_bits)
     else:
@@ -150,7 +150,7 @@ def fit_levels(
 
 def _grid(
     bits: int, size: int, tables: Tensor, stored: GroupScales | PowerScales, selector: Tensor,
-    loss: float,
+    loss: Tensor,
 ) -> LevelGrid:  # fmt: skip
     chosen = selector if len(tables) > 1 else None
     return LevelGrid(bits, size, tables, stored, stored.scales_as(), chosen, loss)

@@ -44,23 +44,23 @@ class Observation:
     looked_up: tuple[Tensor, Tensor] | None = None
     share: float = 1.0
 
-    def damage(self, error: Tensor) -> float:
-        """Nats a token that `error` [out, in] in the weight adds, to second order.
+    def damage(self, error: Tensor) -> Tensor:
+        """Nats a token that `error` [out, in] in the weight adds, to second order; float64 [].
 
         Half the mean square of g . (error x): the Fisher information along the error, with
         tokens taken as independent. g comes from text that the model itself would say, so this
         is the curvature of the KL divergence, not of the loss on the calibration text.
         """
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=error.device)
         if self.inputs is not None and self.gradients is not None and len(self.inputs):
             along = (self.inputs @ error.t()).mul_(self.gradients).sum(1)
-            total += 0.5 * self.share * float(along.square().mean())
+            total += 0.5 * self.share * along.square().mean()
         if self.looked_up is not None:
             ids, gradients = self.looked_up
             start, stop = self.target.rows or (0, self.target.shape[0])
             inside = (ids >= start) & (ids < stop)
             along = (error[ids[inside] - start] * gradients[inside]).sum(1)
-            total += 0.5 * float(along.square().sum()) / max(len(ids), 1)
+            total += 0.5 * along.square().sum() / max(len(ids), 1)
         return total
 
 

@@ -71,7 +71,7 @@ def _fed(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _nearest(  # type: ignore[no-untyped-def]
-    column, scale, beside, levels, middles, top, LEVELS: tl.constexpr
+    column, scale, beside, levels, top, LEVELS: tl.constexpr
 ):
     """Index and value next to each of a column [ROWS]: of integers, or of LEVELS levels.
 
@@ -85,19 +85,30 @@ def _nearest(  # type: ignore[no-untyped-def]
     else:
         x = column / tl.maximum(scale, 1e-30)
         index = tl.zeros_like(beside)
-        if LEVELS <= 16:  # all middles are asked for at once
-            for k in tl.static_range(LEVELS - 1):
-                index += (x > tl.load(middles + beside * (LEVELS - 1) + k)).to(tl.int32)
+        here = levels + beside * LEVELS
+        level = tl.load(here)
+        value = level
+        if LEVELS <= 16:  # all are asked for at once
+            for k in tl.static_range(1, LEVELS):
+                above = tl.load(here + k)
+                beyond = x > (level + above) * 0.5
+                index += beyond.to(tl.int32)
+                value = tl.where(beyond, above, value)
+                level = above
         else:
-            for k in range(LEVELS - 1):
-                index += (x > tl.load(middles + beside * (LEVELS - 1) + k)).to(tl.int32)
-        value = tl.load(levels + beside * LEVELS + index) * scale
+            for k in range(1, LEVELS):
+                above = tl.load(here + k)
+                beyond = x > (level + above) * 0.5
+                index += beyond.to(tl.int32)
+                value = tl.where(beyond, above, value)
+                level = above
+        value *= scale
     return index, value
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _feedback(  # type: ignore[no-untyped-def]
-    columns, chosen, errors, scales, beside, levels, middles, groups, factor,
+    columns, chosen, errors, scales, beside, levels, groups, factor,
     begin, count, rows, width, top,
     LEVELS: tl.constexpr, SUB: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +125,7 @@ def _feedback(  # type: ignore[no-untyped-def]
             scale_after, other_after = _grid_of(scales, beside, groups, after, end, rows, row)
             diagonal_after, spread_after = _spread_of(factor, after, first, end, width, index)
             column = tl.sum(tl.where((index == i)[:, None], tile, 0.0), axis=0)
-            choice, value = _nearest(column, scale, other, levels, middles, top, LEVELS)
+            choice, value = _nearest(column, scale, other, levels, top, LEVELS)
             tile = _fed(
                 tile, choice, column - value, diagonal, spread,
                 chosen, errors, begin, at + i, rows, row,
@@ -140,9 +151,7 @@ def round_block(
     errors gets what is left to feed to columns beyond the block, divided by factor's diagonal.
     All tensors contiguous, on one GPU.
     """
-    _launch(
-        columns, chosen, errors, scales, zeros, scales, scales, groups, factor, begin, count, top, 0
-    )
+    _launch(columns, chosen, errors, scales, zeros, scales, groups, factor, begin, count, top, 0)
 
 
 def round_block_to_levels(
@@ -158,23 +167,22 @@ def round_block_to_levels(
     count: int,
 ) -> None:
     """`round_block` to the nearest of a table's levels times the group's scale."""
-    middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
     _launch(
-        columns, chosen, errors, scales, tables, levels, middles, groups, factor, begin, count, 0,
+        columns, chosen, errors, scales, tables, levels, groups, factor, begin, count, 0,
         levels.shape[1],
     )  # fmt: skip
 
 
 def _launch(
     columns: Tensor, chosen: Tensor, errors: Tensor, scales: Tensor, beside: Tensor,
-    levels: Tensor, middles: Tensor, groups: Tensor, factor: Tensor,
+    levels: Tensor, groups: Tensor, factor: Tensor,
     begin: int, count: int, top: int, number: int,
 ) -> None:  # fmt: skip
-    """number: of levels in a table; 0 for integers, which read neither levels nor middles."""
+    """number: of levels in a table; 0 for integers, which read no levels."""
     width, rows = columns.shape
     with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
         _feedback[(triton.cdiv(rows, _ROWS),)](
-            columns, chosen, errors, scales, beside, levels, middles, groups, factor,
+            columns, chosen, errors, scales, beside, levels, groups, factor,
             begin, count, rows, width, float(top),
             LEVELS=number, SUB=_SUB, ROWS=_ROWS, num_warps=1,
         )  # fmt: skip

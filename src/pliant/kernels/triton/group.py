@@ -8,6 +8,7 @@ are rounded to x's dtype, as decoding to it rounds them; sums are float32.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -145,9 +146,12 @@ def multiply(
     code: GroupInt | GroupLevels,
     tile: tuple[int, int, int] | None = None,  # rows of W, rows of x, inputs: of a program
     warps: int = 4,
-    stages: int = 3,
+    stages: int | None = None,
 ) -> Tensor:
-    """x times the transpose of `code`, [n, out] in x.dtype."""
+    """x times the transpose of `code`, [n, out] in x.dtype.
+
+    tile and stages, where not given, are what the GPU's shared memory holds.
+    """
     n, out = x.shape[0], code.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     if not n or not out:
@@ -155,7 +159,10 @@ def multiply(
     if not code.width:
         return y.zero_()
     if tile is None:  # few rows of x: many programs, each of few rows of W
-        tile = (32, 16, 64) if n <= 16 else (32, 64, 64) if n <= 64 else (128, 128, 64)
+        of_w, of_x = (32, 16) if n <= 16 else (32, 64) if n <= 64 else (128, 128)
+        fields = 8 // PLANES[code.bit_width][-1]
+        deepest, most = _depth((of_w + of_x) * fields * x.element_size(), _shared_memory(x.device))
+        tile, stages = (of_w, of_x, most), stages or deepest
     rows, columns, inputs = tile
     grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
     with _on(x):
@@ -163,7 +170,7 @@ def multiply(
             x, y, n, x.stride(0), x.stride(1), y.stride(0), _row_bytes(code),
             *_stored(code), **_kinds(code, inputs), M=rows, N=columns, K=inputs,
             PRECISION="ieee" if x.dtype == torch.float32 else "tf32",
-            num_warps=warps, num_stages=stages,
+            num_warps=warps, num_stages=stages or 3,
         )  # fmt: skip
     return y
 
@@ -185,6 +192,24 @@ def decode(
                 matrix, first, last, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
             )
     return matrix
+
+
+def _depth(nbytes: int, room: int) -> tuple[int, int]:
+    """(stages, inputs of a program): what fits, when an input takes `nbytes` in each stage."""
+    for inputs in (64, 32, 16):
+        for stages in (3, 2):
+            if nbytes * inputs * stages <= room:
+                return stages, inputs
+    return 1, 16
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may take; of a large GPU where there is none."""
+    if device.type != "cuda":
+        return 227 << 10
+    found = torch.cuda.get_device_properties(device)
+    return int(getattr(found, "shared_memory_per_block_optin", 48 << 10))
 
 
 def _on(tensor: Tensor) -> Any:

@@ -76,4 +76,4 @@ def _fit(
         )
         for e in splits
     )  # fmt: skip
-    return min(grids, key=lambda grid: grid.loss)
+    return min(grids, key=lambda grid: float(grid.loss))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -80,7 +82,7 @@ def learn_tables(
     out, width = weight.shape
     step = max(1, out * width // _SAMPLE)
     sample = weight[::step].float()
-    found = first_tables(bits, count).to(weight.device)
+    found = _start(bits, count, weight.device)
     size = width if group_size <= 0 else min(group_size, width)
     search = gpu_search(weight.device, size)
     given = weight.new_ones(width) if importance is None else importance
@@ -107,6 +109,12 @@ def first_tables(bits: int, count: int) -> Tensor:
         # One side keeps its range, the other is drawn in: levels come closer together there.
         found.append(torch.where(levels * lean > 0, levels, levels * (1 - abs(lean))) + lean / 8)
     return torch.stack(found).float()
+
+
+@lru_cache(maxsize=64)
+def _start(bits: int, count: int, device: torch.device) -> Tensor:
+    """`first_tables` on a device. Kept: copying to a GPU waits for all that it has yet to do."""
+    return first_tables(bits, count).to(device)
 
 
 def _moved(sample: Tensor, importance: Tensor | None, grid: LevelGrid, tables: Tensor) -> Tensor:
