@@ -55,7 +55,8 @@ def main() -> None:
             row[f"{name}_bytes"] = ours.go_to(size)
             row[name] = reference.damage(ours.model).as_dict()
         row["ratio"] = row["ladder"]["kl"] / row["alone"]["kl"]
-        row["steps"] = Artifact.open(places["alone"]).recipe["tune"]["steps"]
+        tuned = Artifact.open(places["alone"]).recipe["tune"]
+        row |= {name: tuned[name] for name in ("steps", "sequences", "prompt")}
         rows.append(row)
         print(f"{bits} bits: ladder {row['ladder']['kl']:.4f}, alone {row['alone']['kl']:.4f}, "
               f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
@@ -108,8 +109,9 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
         f"`python bench/one_size.py ARTIFACT --against {Path(arguments.against).name} ...` "
         f"on {device}. Target: at most {WITHIN}.",
         "",
-        "| bits | steps | ladder KL | 95% interval | alone KL | 95% interval | ratio | ok |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bits | steps | sequences | prompted | ladder KL | 95% interval | alone KL | 95% interval "
+        "| ratio | ok |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = []
@@ -117,7 +119,9 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
             low, high = row[name]["kl_ci95"]
             cells += [f"{row[name]['kl']:.4f}", f"{low:.4f} to {high:.4f}"]
         cells += [f"{row['ratio']:.3f}", "yes" if row["ratio"] <= WITHIN else "no"]
-        lines.append(f"| {row['bits']} | {row['steps']} | {' | '.join(cells)} |")
+        prompted = "half" if row["prompt"] else "none"
+        trained = f"{row['steps']} | {row['sequences']} | {prompted}"
+        lines.append(f"| {row['bits']} | {trained} | {' | '.join(cells)} |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "one_size.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "one_size.md").write_text("\n".join(lines) + "\n")
