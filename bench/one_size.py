@@ -109,8 +109,8 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
         f"`python bench/one_size.py ARTIFACT --against {Path(arguments.against).name} ...` "
         f"on {device}. Target: at most {WITHIN}.",
         "",
-        "| bits | steps | sequences | prompted | ladder KL | 95% interval | alone KL | 95% interval "
-        "| ratio | ok |",
+        "| bits | steps | sequences | prompted | ladder KL | 95% interval "
+        "| alone KL | 95% interval | ratio | ok |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
