@@ -21,14 +21,13 @@ from pliant.bench import (
 from pliant.budget import parse_size
 from pliant.errors import PliantError
 from pliant.fit import FitResult, fit
-from pliant.fit.device import find_device
 from pliant.ladder import Artifact
 from pliant.ladder.document import FILE_NAME
 from pliant.ladder.live import Plan, plan_opening
 from pliant.measure import WINDOW, load_text, split, windows
 from pliant.measure import measure as compare
 from pliant.measure.damage import Progress, Score
-from pliant.model import Checkpoint, StreamedModel, open_checkpoint
+from pliant.model import Checkpoint, StreamedModel, find_device, open_checkpoint
 from pliant.plan import PlanTable, load_config
 from pliant.plan import plan as plan_table
 from pliant.run import load

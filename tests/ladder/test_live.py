@@ -138,11 +138,11 @@ def test_a_failure_in_the_middle_of_a_resize_is_undone(tiny, monkeypatch, way, a
     before, plan = logits(model), model.plan
     real, calls = Artifact.load_code, []
 
-    def fail_once(self, target, index):
+    def fail_once(self, target, index, **place):
         calls.append(target)
         if len(calls) == after:
             raise CorruptError("the disk went away")
-        return real(self, target, index)
+        return real(self, target, index, **place)
 
     monkeypatch.setattr(Artifact, "load_code", fail_once)
     with pytest.raises(CorruptError, match="went away"):

@@ -49,8 +49,9 @@ def bench_artifact(
         artifact, device, progress=progress and (lambda d, of: progress("this machine", d, of))
     )
     ceiling = bandwidth(device, refresh=True).bytes_per_second
-    model = load(artifact.directory, weights=plans[0].weight_bytes, context=plans[0].context)
-    model.to(device)
+    model = load(
+        artifact.directory, weights=plans[0].weight_bytes, context=plans[0].context, device=device
+    )
     rows: list[dict[str, Any]] = []
     for plan in plans:
         if progress:

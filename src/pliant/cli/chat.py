@@ -10,7 +10,7 @@ import typer
 
 from pliant.budget import format_size
 from pliant.cli.console import print_json, quiet
-from pliant.cli.options import Context, Directory, Json, Memory, Weights
+from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
 from pliant.cli.run import usage_dict, usage_line
 from pliant.errors import PliantError
 
@@ -25,6 +25,7 @@ def chat(
     memory: Memory = None,
     weights: Weights = None,
     context: Context = None,
+    device: Device = "cpu",
     system: Annotated[str | None, typer.Option(help="Instructions that come first.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
@@ -36,7 +37,7 @@ def chat(
     from pliant.run import Chat, load
 
     quiet()
-    model = load(directory, memory, weights, context)
+    model = load(directory, memory, weights, context, device=device)
     conversation = Chat(
         model,
         model.artifact.tokenizer(),

@@ -23,6 +23,9 @@ Memory = Annotated[
 Weights = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Open at this many bytes of weights alone.")
 ]
+Device = Annotated[
+    str, typer.Option(metavar="auto|cpu|cuda", help="Where the model is put and runs.")
+]
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest sequence. [default: as fitted]")
 ]

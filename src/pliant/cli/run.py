@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pliant.cli.console import print_json, quiet
-from pliant.cli.options import Context, Directory, Json, Memory, Weights
+from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
 
 
 def run(
@@ -17,6 +17,7 @@ def run(
     memory: Memory = None,
     weights: Weights = None,
     context: Context = None,
+    device: Device = "cpu",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 1.0,
@@ -30,7 +31,7 @@ def run(
     from pliant.run import Usage, load, stream
 
     quiet()
-    model = load(directory, memory, weights, context)
+    model = load(directory, memory, weights, context, device=device)
     usage = Usage()
     pieces = stream(
         model,

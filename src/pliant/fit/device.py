@@ -1,28 +1,11 @@
-"""Where a fit computes, and how much of a model stays there."""
+"""How much of a model, and of its codes, stays in memory during a fit."""
 
 from __future__ import annotations
 
 import psutil
 import torch
 
-from pliant.errors import PliantError
-
 _RESIDENT_BYTES = 1 << 30  # of weights in float32: so much is kept in memory between passes
-
-
-def find_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the first GPU, or the CPU where there is none."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise PliantError(
-            f"the device {name!r} cannot be used: {reason}; try --device cpu"
-        ) from error
-    return device
 
 
 def resident_bytes(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from pliant.errors import BudgetError, PliantError
 from pliant.fit.background import Background
 from pliant.fit.build import Built, build_rungs, estimate_nbytes, proposals
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
-from pliant.fit.device import find_device, held_bytes, resident_bytes
+from pliant.fit.device import held_bytes, resident_bytes
 from pliant.fit.evaluate import Evaluator
 from pliant.fit.evolving import evolve_sizes, evolved_summary
 from pliant.fit.planning import better_ladder, distinct, make_ladder, measure_samples
@@ -40,7 +40,7 @@ from pliant.fit.tune import trained_sizes
 from pliant.ladder import Ladder, Rung, Writer, check_output
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
-from pliant.model import StreamedModel, Target, open_checkpoint
+from pliant.model import StreamedModel, Target, find_device, open_checkpoint
 from pliant.model.heap import release
 from pliant.observe import (
     Observation,

@@ -6,10 +6,11 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pliant.budget import Budget
@@ -26,7 +27,7 @@ from pliant.ladder.shard import (
     read_extent,
 )
 
-_THREADS = min(4, os.cpu_count() or 1)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,21 @@ class Artifact:
             raise PliantError(f"{target} has rungs 0 to {len(rungs) - 1}, not {index}")
         return rungs[index]
 
-    def load_code(self, target: str, index: int) -> Code:
-        """One rung's code, its bytes checked; it alone holds its memory."""
+    def load_code(self, target: str, index: int, device: torch.device = CPU) -> Code:
+        """One rung's code, its bytes checked, on `device`; it alone holds its memory."""
         rung = self.rung(target, index)
-        return from_tensors(rung.meta, read_extent(self.directory, rung.where))
+        return from_tensors(rung.meta, read_extent(self.directory, rung.where)).to(device)
 
-    def load_codes(self, allocation: Mapping[str, int]) -> dict[str, Code]:
-        """The codes of many targets, read and checked side by side."""
-        with ThreadPoolExecutor(_THREADS) as pool:
-            codes = pool.map(self.load_code, allocation.keys(), allocation.values())
+    def load_codes(
+        self, allocation: Mapping[str, int], device: torch.device = CPU
+    ) -> dict[str, Code]:
+        """The codes of many targets, read and checked side by side, on `device`.
+
+        Of a GPU's no more are in main memory than are read at once.
+        """
+        with ThreadPoolExecutor(load_threads(device)) as pool:
+            load = partial(self.load_code, device=device)
+            codes = pool.map(load, allocation.keys(), allocation.values())
             return dict(zip(allocation, codes, strict=True))
 
     def load_fixed(self) -> dict[str, Tensor]:
@@ -126,7 +133,7 @@ class Artifact:
     def check_rungs(self, allocation: Mapping[str, int]) -> None:
         """Raise CorruptError unless every rung of `allocation` can be read and is undamaged."""
         rungs = [self.rung(target, index) for target, index in allocation.items()]
-        with ThreadPoolExecutor(_THREADS) as pool:
+        with ThreadPoolExecutor(load_threads(CPU)) as pool:
             for _ in pool.map(lambda rung: check_extent(self.directory, rung.where), rungs):
                 pass
 
@@ -134,3 +141,8 @@ class Artifact:
         """Read every shard in full; CorruptError names the first one that is damaged."""
         for name, info in self.document.shards.items():
             check_whole(self.directory, name, info)
+
+
+def load_threads(device: torch.device) -> int:
+    """Rungs that are read and checked at once: on a CPU each is in memory twice for a moment."""
+    return min(4 if device.type == "cpu" else 16, os.cpu_count() or 1)

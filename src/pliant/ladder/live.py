@@ -15,7 +15,7 @@ from pliant.codes import Code, Dense, LowRank
 from pliant.errors import BudgetError
 from pliant.ladder.artifact import Artifact
 from pliant.ladder.rung import Allocation
-from pliant.model import code_of, coded_model, swap
+from pliant.model import code_of, coded_model, find_device, swap
 from pliant.model.heap import release
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes
 
@@ -172,18 +172,23 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
     mixin: type[LiveModel] = LiveModel,
 ) -> Any:
     """Open an artifact at a size: a transformers model that can also be resized.
 
     memory: bytes in total, for `context` tokens in each of `batch` sequences; weights: bytes of
-    weights alone; sizes as numbers or text ("128MiB"). dtype: what it computes in.
+    weights alone; sizes as numbers or text ("128MiB"). device: "cpu", "cuda" or "auto", where it
+    is read to and runs. dtype: what it computes in; 32 bits on a CPU, bfloat16 on a GPU.
     """
     artifact = Artifact.open(directory)
-    dtype = dtype or torch.float32
+    place = find_device(str(device))
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
     plan = plan_opening(artifact, memory, weights, context, batch, dtype)
-    codes = artifact.load_codes(plan.allocation)
+    codes = artifact.load_codes(plan.allocation, place)
     model = coded_model(artifact.config(), codes, artifact.load_fixed(), dtype)
+    if place.type != "cpu":
+        model.to(place)
     if (artifact.directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(artifact.directory)
     kind = type(model)

@@ -11,6 +11,7 @@ from pliant.model.coded import (
     swap,
 )
 from pliant.model.components import rounded_components
+from pliant.model.device import find_device
 from pliant.model.sources import cache_directory, open_checkpoint
 from pliant.model.streamed import StreamedModel, open_streamed
 from pliant.model.target import Target, find_targets
@@ -27,6 +28,7 @@ __all__ = [
     "coded_model",
     "empty_model",
     "find_blocks",
+    "find_device",
     "find_targets",
     "open_checkpoint",
     "open_streamed",

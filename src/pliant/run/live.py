@@ -170,10 +170,12 @@ def load(
     context: int | None = None,
     batch: int | None = None,
     dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> Any:
     """Open an artifact at a size: a transformers model with `artifact`, `plan` and `resize`.
 
     memory: bytes in total, for `context` tokens in each of `batch` sequences; weights: bytes of
-    weights alone; sizes as numbers or text ("128MiB"). dtype: what it computes in.
+    weights alone; sizes as numbers or text ("128MiB"). device: "cpu", "cuda" or "auto", where it
+    is read to and runs. dtype: what it computes in; 32 bits on a CPU, bfloat16 on a GPU.
     """
-    return open_model(directory, memory, weights, context, batch, dtype, RunningModel)
+    return open_model(directory, memory, weights, context, batch, dtype, device, RunningModel)
