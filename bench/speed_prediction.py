@@ -1,6 +1,7 @@
 """Predicted decode speed beside measured: an artifact at many sizes, on this machine.
 
     python bench/speed_prediction.py DIR [DIR ...] [--sizes 8] [--threads 2] [--rounds 5]
+                                     [--device cuda]
 
 Writes bench/results/speed_prediction.{json,md}. The prediction is what `pliant inspect` shows: the
 token's products, each timed alone with codes of its kind and shape, and what is between them. It is
@@ -25,7 +26,7 @@ import torch
 from pliant.bench import costs_of_artifact, predicted_speed
 from pliant.ladder import Artifact
 from pliant.measure.speed import speed
-from pliant.plan.bandwidth import bandwidth
+from pliant.plan.bandwidth import bandwidth, processor_name
 from pliant.run import load
 
 RESULTS = Path(__file__).parent / "results"
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, default=8)
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--kept", action="store_true", help="predict from what is kept")
     given = parser.parse_args()
     path = RESULTS / "speed_prediction.json"
@@ -49,23 +51,32 @@ def main() -> None:
         for directory in given.artifacts:
             artifact = Artifact.open(directory)
             began = time.perf_counter()
-            costs = costs_of_artifact(artifact, refresh=not given.kept)
+            costs = costs_of_artifact(artifact, given.device, refresh=not given.kept)
             took = time.perf_counter() - began
-            about = {"artifact": directory.name, "threads": threads, "calibration_seconds": took}
-            rows = compare(artifact, costs, given.sizes, given.rounds)
-            same = (directory.name, threads)
-            runs = [run for run in runs if (run["artifact"], run["threads"]) != same]
+            name = processor_name(torch.device(given.device))
+            about = {"artifact": directory.name, "threads": threads, "device": name,
+                     "calibration_seconds": took}  # fmt: skip
+            rows = compare(artifact, costs, given.sizes, given.rounds, given.device)
+            same = (directory.name, threads, given.device == "cuda")
+            runs = [run for run in runs if _key(run) != same]
             runs.append(about | {"load": os.getloadavg()[0], "rows": rows})
     write(sorted(runs, key=lambda run: (-run["threads"], run["artifact"])))
 
 
-def compare(artifact: Artifact, costs: Any, count: int, rounds: int) -> list[dict[str, Any]]:
+def _key(run: dict[str, Any]) -> tuple[str, int, bool]:
+    """What a run replaces: of one artifact, with so many threads, on a GPU or not."""
+    return run["artifact"], run["threads"], "threads" not in run.get("device", "threads")
+
+
+def compare(
+    artifact: Artifact, costs: Any, count: int, rounds: int, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Rows by size: weight bytes, tokens a second predicted, and measured in each round."""
     ladder = artifact.ladder
     low, high = ladder.smallest_bytes, ladder.largest_bytes
     sizes = [low + (high - low) * i // (count - 1) for i in range(count)]
-    model = load(artifact.directory, weights=low, context=PROMPT + ANSWER)
-    ceiling = bandwidth("cpu").bytes_per_second
+    model = load(artifact.directory, weights=low, context=PROMPT + ANSWER, device=device)
+    ceiling = bandwidth(device).bytes_per_second
     rows: dict[int, dict[str, Any]] = {}
     for _ in range(rounds):
         for size in sizes:
@@ -95,7 +106,7 @@ def write(runs: list[dict[str, Any]]) -> None:
         errors = [abs(row["error"]) for row in run["rows"]]
         text += [
             "",
-            f"{run['artifact']}, threads: {run['threads']}, rounds: "
+            f"{run['artifact']}, {run.get('device', 'CPU')}, threads: {run['threads']}, rounds: "
             f"{len(run['rows'][0]['rounds'])}: largest error {max(errors):.1%}, mean "
             f"{statistics.mean(errors):.1%}; {sum(e <= TARGET for e in errors)} of {len(errors)} "
             f"within {TARGET:.0%}. Calibrated in {run['calibration_seconds']:.0f} s; load "

@@ -196,3 +196,17 @@ def test_this_machine_can_be_measured(artifact, monkeypatch, tmp_path):
     assert first.seconds(products, 8) is not None
     monkeypatch.setattr(calibrate, "StandIn", None)  # another measurement would fail
     assert costs_of_artifact(artifact, seconds=0.0) == first
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_tokens_are_predicted_as_a_graph(artifact, monkeypatch, tmp_path):
+    monkeypatch.setenv("PLIANT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
+    costs = costs_of_artifact(artifact, "cuda", seconds=0.001)
+    assert list(costs.ways) == [STEP]
+    products, _ = costs.ways[STEP]
+    allocation = artifact.ladder.allocation(artifact.ladder.largest_bytes)
+    wanted = products_of_artifact(artifact, allocation)
+    assert all(products[product.key] > 0 for product in wanted)
+    monkeypatch.delenv("PLIANT_GPU_KERNELS")
+    assert list(costs_of_artifact(artifact, "cuda", seconds=0.001).ways) == [MODULES]

@@ -22,6 +22,7 @@ from pliant.bench.stand_in import SAMPLE, StandIn, stand_in_layers
 from pliant.bench.timing import Timer, beyond_cache, copies, time_in_step, time_product
 from pliant.codes import Code
 from pliant.codes.base import one_thread
+from pliant.kernels import gpu
 from pliant.kernels.cpu.structs import Unsuited, describe
 from pliant.ladder import Artifact
 from pliant.model import empty_model, find_targets
@@ -130,7 +131,8 @@ def calibrate(
     if refresh or not isinstance(entry, dict) or entry.get("kernels") != version:
         entry = {"kernels": version, "products": {}, "tokens": {}}
 
-    ways = [STEP, MODULES] if device.type == "cpu" and batch == 1 else [MODULES]
+    stepped = batch == 1 and (device.type == "cpu" or gpu.wanted())
+    ways = [STEP, MODULES] if stepped else [MODULES]
     totals = entry["tokens"].setdefault(architecture(small), {})
     model: Any = None
     found: dict[str, tuple[Mapping[str, float], Between]] = {}
@@ -181,7 +183,7 @@ def _measure(
 ) -> float | None:
     """Seconds of a product; None where the way has no kernel for its code."""
     code = source()
-    if way == STEP:
+    if way == STEP and device.type == "cpu":
         try:
             describe(code)
         except Unsuited:
@@ -189,7 +191,15 @@ def _measure(
     codes = copies(code.to(device), beyond_cache(device))
     x = torch.randn(batch, product.width, device=device).to(compute_dtype(device))
     scale = product.out / code.shape[0]
-    if way == STEP or device.type != "cpu":
+    if device.type != "cpu":
+        try:
+            return scale * timer(codes, x, seconds)
+        except RuntimeError as error:  # a product that cannot be captured
+            if way != STEP or isinstance(error, torch.OutOfMemoryError):
+                raise
+            torch.cuda.synchronize(device)
+            return None
+    if way == STEP:
         return scale * timer(codes, x, seconds)
     with one_thread():  # as a running model does outside of the step
         return scale * timer(codes, x, seconds)

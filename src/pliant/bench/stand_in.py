@@ -58,10 +58,10 @@ class StandIn:
         self.model.plan = SimpleNamespace()
 
     def takes_step(self) -> bool:
-        """Whether one native call computes a token of this model."""
+        """Whether one native call, or one CUDA graph, computes a token of this model."""
         cache = self._cache(2)
-        logits = torch.empty(text_config(self.model.config).vocab_size)
-        return self.device.type == "cpu" and bool(self.model.step(1, cache, logits))
+        logits = torch.empty(text_config(self.model.config).vocab_size, device=self.device)
+        return bool(self.model.step(1, cache, logits))
 
     def seconds(self, step: bool, budget: float) -> dict[str, float] | None:
         """Of one token, by how many the cache holds.

@@ -32,10 +32,12 @@ def time_product(codes: list[Code], x: Tensor, seconds: float) -> float:
 
 
 def time_in_step(codes: list[Code], x: Tensor, seconds: float) -> float:
-    """Of x times one of `codes`, as a part of a longer native call.
+    """Of x times one of `codes`, as a part of a longer native call, or of a CUDA graph.
 
     Many of them below each other in one call: in a step, threads are awake already.
     """
+    if x.is_cuda:
+        return _time_in_graph(codes, x, seconds)
     with integer_activations():
         some = max(1, len(codes) // _PART)
         first = _described(codes[:some])
@@ -50,6 +52,21 @@ def time_in_step(codes: list[Code], x: Tensor, seconds: float) -> float:
             return cpu.group_int(x, stacks[turn % len(stacks)])
 
         return time_calls(call, seconds, x.device) / size
+
+
+@torch.inference_mode()
+def _time_in_graph(codes: list[Code], x: Tensor, seconds: float) -> float:
+    """Of x times one of `codes`: all of them one after the other in one CUDA graph."""
+    aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream(x.device))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(x.device), torch.cuda.stream(aside):
+        matmul(x, codes[0])  # compiles
+        with torch.cuda.graph(graph, stream=aside):
+            for code in codes:
+                matmul(x, code)
+    torch.cuda.current_stream(x.device).wait_stream(aside)
+    return time_calls(lambda turn: graph.replay(), seconds, x.device) / len(codes)
 
 
 def _described(codes: list[Code]) -> RowStack:
