@@ -193,7 +193,7 @@ def test_without_a_graph_the_forward_goes_on(monkeypatch, caplog) -> None:
     model = random_model(CONFIGS["llama"])
     step, tried = GraphStep(model, early=True), []
 
-    def captured(early: bool, aside: object) -> None:
+    def captured(early: bool) -> None:
         tried.append(early)
         raise RuntimeError("operation not permitted when stream is capturing")
 

@@ -15,6 +15,7 @@ from pliant.codes import Code, RowStack, from_tensors
 from pliant.kernels import cpu, matmul
 from pliant.kernels.cpu import integer_activations
 from pliant.kernels.cpu.structs import describe
+from pliant.kernels.streams import aside
 
 Timer = Callable[[list[Code], Tensor, float], float]
 
@@ -57,15 +58,12 @@ def time_in_step(codes: list[Code], x: Tensor, seconds: float) -> float:
 @torch.inference_mode()
 def _time_in_graph(codes: list[Code], x: Tensor, seconds: float) -> float:
     """Of x times one of `codes`: all of them one after the other in one CUDA graph."""
-    aside = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-    aside.wait_stream(torch.cuda.current_stream(x.device))
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(x.device), torch.cuda.stream(aside):
+    with aside(x.device) as stream:
         matmul(x, codes[0])  # compiles
-        with torch.cuda.graph(graph, stream=aside):
+        with torch.cuda.graph(graph, stream=stream):
             for code in codes:
                 matmul(x, code)
-    torch.cuda.current_stream(x.device).wait_stream(aside)
     return time_calls(lambda turn: graph.replay(), seconds, x.device) / len(codes)
 
 

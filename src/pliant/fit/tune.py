@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from pliant.codes import Code, Dense
 from pliant.errors import PliantError
 from pliant.fit.recipe import Tune
+from pliant.kernels.streams import aside
 from pliant.ladder import Ladder
 from pliant.ladder.output import told_when_full
 from pliant.methods.latent import Latent, latent_of
@@ -233,12 +234,9 @@ class _Captured:
         leaves = list(leaves)
         device = leaves[0].device
         ids, original = ids.clone(), original.clone()
-        aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(aside):  # libraries set themselves up
+        with aside(device):
             for _ in range(2):
                 loss(ids, original).backward()  # type: ignore[no-untyped-call]
-        torch.cuda.current_stream(device).wait_stream(aside)
         for leaf in leaves:
             leaf.grad = None
         graph = torch.cuda.CUDAGraph()

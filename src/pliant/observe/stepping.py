@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pliant.kernels.streams import aside
 from pliant.model import StreamedModel
 from pliant.model.attention import attending_one_query
 
@@ -116,11 +117,8 @@ class FixedSteps:
         graph = torch.cuda.CUDAGraph()
         try:
             self(self._ids.clone(), 0)
-            aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside):  # libraries set themselves up
+            with aside(device):
                 own = self._step().float()
-            torch.cuda.current_stream(device).wait_stream(aside)
             with torch.cuda.graph(graph):
                 self._logits = self._step()
         except (RuntimeError, ValueError) as error:  # it chooses by values, waits, or attends so

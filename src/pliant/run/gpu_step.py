@@ -20,6 +20,7 @@ from pliant.codes import Code, GroupInt, GroupLevels, RowStack
 from pliant.errors import PliantError
 from pliant.kernels import matmul
 from pliant.kernels.cpu.structs import Unsuited
+from pliant.kernels.streams import aside
 from pliant.kernels.triton import step as kernels
 from pliant.model.coded import CodedWeight
 from pliant.run.family import Block, Description, Product
@@ -168,10 +169,9 @@ class GraphStep:
 
     def _capture(self) -> None:
         """A graph of the step: without overlap if that fails, and none, for good, if that does."""
-        aside = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         for early in dict.fromkeys((self.early, False)):
             try:
-                self._graph, self.early = self._captured(early, aside), early
+                self._graph, self.early = self._captured(early), early
                 return
             except Exception as error:  # of CUDA, Triton or a kernel that chooses by values
                 torch.cuda.synchronize(self.device)
@@ -179,21 +179,19 @@ class GraphStep:
                 _LOG.warning("decoding without %s: %s", how, error)
         self._failed = True
 
-    def _captured(self, early: bool, aside: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
-        aside.wait_stream(torch.cuda.current_stream(self.device))
+    def _captured(self, early: bool) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.stream(aside):
+        with aside(self.device) as stream:
             self._run_token(False)
             expected = self._logits.float()
             if early:
                 self._run_token(True)  # what is compiled on first use is, before the capture
-            with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._run_token(early)
             self._logits.zero_()
             graph.replay()
             apart = torch.linalg.vector_norm(self._logits.float() - expected)
             agrees = bool(apart <= _AGREEMENT * torch.linalg.vector_norm(expected))
-        torch.cuda.current_stream(self.device).wait_stream(aside)
         if not agrees:
             raise PliantError("its logits differ from those of the same launches outside of it")
         return graph
