@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 PLANES = {
     1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,),
@@ -35,13 +36,14 @@ def pack(values: Tensor, bits: int) -> tuple[Tensor, ...]:
     planes = []
     shift = 0
     for plane in PLANES[bits]:
-        size = plane_bytes(width, plane)
-        part = (values >> shift) & ((1 << plane) - 1)
-        packed = values.new_zeros(rows, size)
-        for k in range(8 // plane):
-            piece = part[:, k * size : (k + 1) * size]
-            packed[:, : piece.shape[1]] |= piece << (k * plane)
-        planes.append(packed)
+        size, count = plane_bytes(width, plane), 8 // plane
+        part = (values >> shift).bitwise_and_((1 << plane) - 1)
+        if size * count > width:
+            part = pad(part, (0, size * count - width))
+        if count > 1:  # what is added has no bit in common
+            shifts = torch.arange(0, 8, plane, dtype=torch.uint8, device=values.device)[:, None]
+            part = (part.view(rows, count, size) << shifts).sum(1, dtype=torch.uint8)
+        planes.append(part)
         shift += plane
     return tuple(planes)
 
