@@ -56,6 +56,25 @@ def test_resident_blocks_stay(tmp_path: Path) -> None:
         assert len(loaded(streamed)) == 24
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "phi3"])
+def test_weights_of_resident_layers_are_those_on_disk(family: str, tmp_path: Path) -> None:
+    save(configurations()[family], tmp_path)
+    read = StreamedModel(open_checkpoint(tmp_path))
+    held = StreamedModel(open_checkpoint(tmp_path), resident=True)
+    held.capture(IDS)
+    expected = held.logits(IDS)
+    for target in held.targets:
+        found = held.weight(target)
+        assert torch.equal(found, read.weight(target))
+        assert found.is_contiguous()
+        found.zero_()
+    assert torch.equal(held.logits(IDS), expected), "what is handed out is a copy"
+    with held.substitute(lambda target: torch.zeros(target.shape)):
+        held.capture(IDS)
+        for target in held.targets:
+            assert torch.equal(held.weight(target), read.weight(target))
+
+
 def test_block_is_freed_after_an_error(tmp_path: Path) -> None:
     deep(tmp_path)
     streamed = StreamedModel(open_checkpoint(tmp_path))

@@ -73,7 +73,10 @@ class StreamedModel:
     # Weights
 
     def weight(self, target: Target) -> Tensor:
-        """The original weight of `target`, canonical [out, in], float32, on the device."""
+        """The original weight of `target`, canonical [out, in], float32, on the device; a copy."""
+        held = self._held(target)
+        if held is not None:
+            return target.slice(held).to(torch.float32, copy=True).contiguous()
         if target.rows is not None:
             return self._reader.read(target.parameter, target.rows).to(self.device).float()
         if target.expert is not None:
@@ -82,6 +85,13 @@ class StreamedModel:
             stored = self._reader.read(target.parameter)
         stored = stored.to(self.device)
         return (stored.t() if target.transposed else stored).float().contiguous()
+
+    def _held(self, target: Target) -> Tensor | None:
+        """Its whole parameter, where its layer is resident as it was, in 32 bits."""
+        if target.block is None or self.dtype != torch.float32 or self._substitute is not None:
+            return None
+        parameter = self.module.get_parameter(target.parameter)
+        return None if parameter.is_meta else parameter.detach()
 
     def others(self) -> Iterator[tuple[str, Tensor]]:
         """Name and stored tensor of everything that is no target: norms, biases, routers."""

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128  # columns of a launch
+BLOCK = 256  # columns of a launch
 _SUB = 32  # of them held at once
 _ROWS = 32  # of a program, which is one warp: what it shares between columns needs no barrier
 
