@@ -42,7 +42,7 @@ class Built:
 def build_rungs(
     model: StreamedModel, observation: Observation, specs: Sequence[RungSpec]
 ) -> list[Built]:
-    """A code for each spec. Nothing here waits for a GPU."""
+    """A code for each spec. Nothing here waits for a GPU but what a factor is checked for."""
     target = observation.target
     weight = model.weight(target)
     norm = weight.norm()
