@@ -30,10 +30,10 @@ def random_x(n: int, width: int, dtype: torch.dtype, strided: bool) -> Tensor:
 
 
 def apart(y: Tensor, exact: Tensor) -> float:
-    return float((y.float() - exact).norm() / exact.norm().clamp_min(1e-30))
+    return float(((y.float() - exact).norm() / exact.norm().clamp_min(1e-30)).detach())
 
 
-@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=15, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(
     n=st.integers(0, 17),
     width=st.integers(1, 700),

@@ -31,19 +31,9 @@ _TRITS = 5  # in a byte
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _packed(first, second, third, rows, columns, count, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Stored integers at rows x columns (broadcast together) of planes of `count` columns.
-
-    BITS 0: trits.
-    """
+    """Stored integers at rows x columns (broadcast together) of planes of `count` columns."""
     value = (rows * 0 + columns * 0).to(tl.int32)
-    if BITS == 0:
-        byte = tl.load(first + rows * ((count + 4) // 5) + columns // 5, mask=mask, other=0)
-        # 2**24 / 3**(place + 1), rounded up: the product's fraction is the digit and those below.
-        place = columns % 5
-        part = tl.where(place == 0, 5592406, tl.where(place == 1, 1864136, 621379))
-        part = tl.where(place == 3, 207127, tl.where(place == 4, 69043, part))
-        value += ((byte.to(tl.int32) * part) & 0xFFFFFF) * 3 >> 24
-    elif BITS == 8:
+    if BITS == 8:
         value += tl.load(first + rows * count + columns, mask=mask, other=0).to(tl.int32)
     else:
         place = first
@@ -66,20 +56,34 @@ def _plane(plane, rows, columns, count, mask, WIDTH: tl.constexpr):  # type: ign
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _trits(packed, rows, byte, count, mask, FIELD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Digit FIELD, to the base 3, of stored bytes; `count` a row."""
+    value = tl.load(packed + rows * count + byte, mask=mask, other=0).to(tl.int32)
+    # 2**24 / 3**(FIELD + 1), rounded up: the product's fraction is that digit and those below.
+    part: tl.constexpr = ((1 << 24) - 1) // 3 ** (FIELD + 1) + 1
+    return ((value * part) & 0xFFFFFF) * 3 >> 24
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _weights(  # type: ignore[no-untyped-def]
-    row, k, out, width, groups, group_size,
+    row, k, byte, size, out, width, groups, group_size,
     q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
     BITS: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr, SCALE_BITS: tl.constexpr,
     ROW_SCALE: tl.constexpr, ZERO_BITS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    FIELD: tl.constexpr,
 ):  # fmt: skip
-    """W at row [M] x k [K], float32. ONE_GROUP: all of k lies in the group of its first.
+    """W at row [M] x k [K], the inputs of FIELD of byte [K] of `size`, float32.
 
+    ONE_GROUP: all of k lies in the group of its first.
     base: what an exponent is stored less; for a codebook, the groups from one row's tables to the
     next row's, 0 where rows share them.
     """
     rows = row.to(tl.int64)[:, None]
     inside = row[:, None] < out
-    q = _packed(q0, q1, q2, rows, k[None, :], width, inside & (k[None, :] < width), BITS)
+    if BITS == 0:
+        q = _trits(q0, rows, byte[None, :], size, inside & (byte[None, :] < size), FIELD)
+    else:
+        q = _packed(q0, q1, q2, rows, k[None, :], width, inside & (k[None, :] < width), BITS)
     if ONE_GROUP:
         group = (tl.min(k, axis=0) // group_size + tl.arange(0, 1))[None, :]
     else:
@@ -137,9 +141,9 @@ def _multiply(  # type: ignore[no-untyped-def]
         for field in tl.static_range(FIELDS):
             k = _inputs(byte, field, size, BITS)
             w = _weights(
-                row, k, out, width, groups, group_size,
+                row, k, byte, size, out, width, groups, group_size,
                 q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
-                BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
+                BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP, field,
             )  # fmt: skip
             held = ((byte < size) & (k < width))[:, None] & (column < n)[None, :]
             places = x + column.to(tl.int64)[None, :] * x_row + k[:, None] * x_column
@@ -164,9 +168,9 @@ def _decode(  # type: ignore[no-untyped-def]
     for field in tl.static_range(FIELDS):
         k = _inputs(byte, field, size, BITS)
         w = _weights(
-            row, k, out, width, groups, group_size,
+            row, k, byte, size, out, width, groups, group_size,
             q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
-            BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
+            BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP, field,
         )  # fmt: skip
         kept = (row < last)[:, None] & ((byte < size) & (k < width))[None, :]
         places = matrix + (row - first).to(tl.int64)[:, None] * width + k[None, :]
