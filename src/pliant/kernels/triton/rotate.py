@@ -31,7 +31,7 @@ def _signs(column, seed):  # type: ignore[no-untyped-def]
     z = z.to(tl.uint64) * 0x9E3779B97F4A7C15
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return 1.0 - 2.0 * ((z ^ (z >> 31)) >> 63).to(tl.float32)
+    return 1.0 - 2.0 * ((z ^ (z >> 31)) >> 63).to(tl.int32).to(tl.float32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
