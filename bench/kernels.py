@@ -1,8 +1,8 @@
 """GPU kernels: agreement with decode-and-multiply, then speed beside bf16 and other projects.
 
-    python bench/kernels.py [--out bench/results] [--seconds 170] [--only decode,batch,sum,prefill]
+    python bench/kernels.py [--out bench/results] [--seconds 170] [--only decode,batch,sum,other]
 
-Correct first: each kernel against the float64 product with the decoded matrix, batch 1 to 17. Then
+Correct first: each kernel against the float64 product with the decoded matrix, batch 1 to 70. Then
 time: a CUDA graph of some hundred products that cycle through at least 200 MB of distinct weights,
 so that none is found in the L2 cache; the median of repeated replays, over the number of products.
 Every way to cut the work is tried and the fastest reported. GB/s counts the code's bytes, x and y.
@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -32,8 +33,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pliant import codes as forms
 from pliant.codes import GroupInt, GroupLevels, GroupScales, Sparse
 from pliant.codes.packing import PLANES, plane_bytes
+from pliant.kernels import matmul
 from pliant.kernels.cuda import build
 from pliant.kernels.cuda.decode import (
     Shape,
@@ -45,6 +48,7 @@ from pliant.kernels.cuda.decode import (
     sparse_terms,
     vector_bytes,
 )
+from pliant.kernels.decoding import launched
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 SPILL = 200e6  # bytes of distinct weights in a cycle: four times the L2 cache of an H100
@@ -118,6 +122,44 @@ def random_code(
         return GroupLevels(q, scales, tables, None, width, bits, group)
     zeros = planes(groups, bits) if packed else None
     return GroupInt(q, scales, zeros, width, bits, group)
+
+
+OTHERS: dict[str, Callable[[int, int], forms.Code]] = {
+    "codebook4": lambda o, w: _codebook(o, w, 4, w),
+    "codebook3 g128": lambda o, w: _codebook(o, w, 3, 128),
+    "ternary g128": lambda o, w: _ternary(o, w, 128),
+    "ternary": lambda o, w: _ternary(o, w, w),
+    "signs of rank 16": lambda o, w: forms.Signed.of(
+        torch.rand(o, w) < 0.5, forms.LowRank.from_factors(torch.rand(o, 16), torch.rand(16, w))
+    ),
+    "rotated int4": lambda o, w: forms.Rotated(random_code(o, w, 4, 128), 5),
+    "turned int4": lambda o, w: forms.BlockRotated.by(
+        random_code(o, w, 4, 128), torch.randn(w // 64, 64, 64) / 8, torch.randn(w % 64, w % 64)
+    ),
+    "permuted int4": lambda o, w: forms.Permuted.by(
+        random_code(o, w, 4, 128), torch.randperm(w)
+    ),
+    "scaled int4": lambda o, w: forms.Scaled(
+        random_code(o, w, 4, 128), torch.rand(o).half(), torch.rand(w).half()
+    ),
+}  # fmt: skip
+
+
+def other_code(kind: str, out: int, width: int) -> forms.Code:
+    """A random code of one of the forms that are not group codes."""
+    with torch.device("cuda"):
+        return OTHERS[kind](out, width)
+
+
+def _codebook(out: int, width: int, bits: int, group: int) -> forms.Code:
+    index = torch.randint(0, 2**bits, (out, width), dtype=torch.uint8)
+    levels = torch.randn(out, -(-width // group), 2**bits)
+    return forms.Codebook.pack(index, levels, bits, group)
+
+
+def _ternary(out: int, width: int, group: int) -> forms.Code:
+    trits = torch.randint(0, 3, (out, width), dtype=torch.uint8)
+    return forms.Ternary.pack(trits, torch.rand(out, -(-width // group)), group)
 
 
 def random_x(n: int, width: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -209,6 +251,40 @@ def check_sum(library: Any) -> dict[str, Any]:
             assert worst < 1.2, (n, overlap, fused_, worst)
             assert not counters.any()
     return {"worst_in_roundings": worst}
+
+
+def check_other(kind: str) -> dict[str, Any]:
+    """Products and whole matrices of codes that are not group codes, beside the reference's.
+
+    "times": the largest error of a product in bf16 over that of the reference, which rounds in the
+    same places.
+    """
+    worst = precise = 0.0
+    for out, width in ((77, 131), (300, 1152), (64, 8192 + 4096 + 576)):
+        code = other_code(kind, out, width)
+        weight = code.decode(torch.float64)
+        torch.testing.assert_close(launched(code), code.decode(), rtol=1e-5, atol=1e-5)
+        for n in (1, 3, 16, 17, 70):
+            x = torch.randn(width, n, device="cuda").t()
+            precise = max(precise, disagreement(matmul(x, code), x, weight)[0])
+            assert precise < 1e-5, (out, width, n, precise)
+            half = x.to(torch.bfloat16)
+            y = matmul(half, code)
+            with reference_only():
+                expected = matmul(half, code)
+            error, plain = (disagreement(z, half, weight)[0] for z in (y, expected))
+            worst = max(worst, error / plain)
+            assert worst < 1.3, (out, width, n, worst)
+    return {"times": worst, "float32": precise}
+
+
+@contextmanager
+def reference_only() -> Iterator[None]:
+    os.environ["PLIANT_GPU_KERNELS"] = "0"
+    try:
+        yield
+    finally:
+        os.environ["PLIANT_GPU_KERNELS"] = "1"
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -322,6 +398,30 @@ def time_code(
     return row | ({"failed": failed} if failed else {})
 
 
+def time_other(kind: str, out: int, width: int, dense: float) -> dict[str, Any]:
+    """One row of x; decoding the matrix to bf16; and what the reference takes, without a graph.
+
+    The reference chooses by values and copies from the host, which no graph can hold.
+    """
+    one = other_code(kind, out, width)
+    codes = [one, *(other_code(kind, out, width) for _ in range(distinct_of(one.nbytes) - 1))]
+    x = random_x(1, width)
+    took = microseconds(lambda i: _call(matmul, x, codes[i]), len(codes))
+    whole = microseconds(lambda i: _call(launched, codes[i], torch.bfloat16), len(codes), True)
+    with reference_only():
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        matmul(x, codes[0])
+        begin.record()
+        for code in codes[:10]:
+            matmul(x, code)
+        end.record()
+        end.synchronize()
+        plain = begin.elapsed_time(end) * 1e3 / len(codes[:10])
+    moved = one.nbytes + 2 * (out + width)
+    return {"us": took, "times_bf16": dense / took, "gbs": moved / took / 1e3, "bits": one.bits,
+            "decode_us": whole, "reference_us": plain}  # fmt: skip
+
+
 def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str, float]]:
     """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles.
 
@@ -420,7 +520,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=170)
-    parser.add_argument("--only", default="check,decode,batch,sum,prefill,peers,more")
+    parser.add_argument("--only", default="check,decode,batch,sum,prefill,peers,more,other")
     parser.add_argument("--resume", action="store_true", help="go on after a crash of the device")
     parser.add_argument("--began", type=float, default=time.time())
     options = parser.parse_args()
@@ -519,6 +619,11 @@ def main() -> None:
     for bits, levels in ((4, False), (2, False), (3, True), (8, False)):
         kind = "levels" if levels else "int"
         run(f"check {kind}{bits} triton", lambda b=bits, v=levels: check_triton(b, v))
+    for kind in OTHERS:
+        run(f"check {kind}", lambda k=kind: check_other(k))
+    for kind, (out, width) in product(OTHERS, SHAPES[:2]):
+        run(f"other {kind} {out}x{width}",
+            lambda k=kind, o=out, w=width: time_other(k, o, w, base(o, w, 1)))  # fmt: skip
     for bits in (4, 8, 2):
         run(f"check int{bits} fp16",
             lambda b=bits: check_half(b))  # fmt: skip

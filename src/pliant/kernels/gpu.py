@@ -1,9 +1,11 @@
-"""Products on a GPU: the fastest kernel that a group code, its batch and the machine allow.
+"""Products on a GPU: the fastest kernel that a code, its batch and the machine allow.
 
-Up to 16 rows of x of 16 bits: the CUDA kernel, one launch, the low-rank and sparse terms of a Sum
-added in it. Up to 64: the Triton kernel. More (prefill): decoded by one kernel, a bounded number
-of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton kernels
-take all; without Triton, or where gradients are asked for, the reference does.
+Group codes: up to 16 rows of x of 16 bits the CUDA kernel, one launch, the low-rank and sparse
+terms of a Sum added in it. Up to 64: the Triton kernel. More (prefill): decoded by one kernel, a
+bounded number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton
+kernels take all. Codebooks and ternary codes: the same by Triton alone. What turns, gathers or
+scales x before a product is one launch of Triton's. Without Triton, or where gradients are asked
+for, the reference does it all.
 
 Off unless PLIANT_GPU_KERNELS=1 is in the environment: products were checked on an H200
 (bench/kernels.py), whole models were not yet. Off, the reference multiplies.
@@ -24,7 +26,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pliant.codes import Code, Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum
+from pliant.codes import (
+    BlockRotated,
+    Code,
+    Codebook,
+    Dense,
+    GroupInt,
+    GroupLevels,
+    LowRank,
+    Permuted,
+    Rotated,
+    Scaled,
+    Signed,
+    Sparse,
+    Sum,
+    Ternary,
+)
 from pliant.kernels import reference
 from pliant.kernels.activations import rounded
 from pliant.kernels.cuda import build
@@ -37,6 +54,7 @@ from pliant.kernels.cuda.decode import (
     sparse_terms,
     vector_bytes,
 )
+from pliant.kernels.decoding import launched
 from pliant.kernels.dispatch import matmul, register
 
 _FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
@@ -47,7 +65,7 @@ _FEW = 64  # rows of x up to which weights are better decoded on the way than to
 def group(x: Tensor, code: Code) -> Tensor:
     """x [n, in] times a group code; [n, out] in x.dtype."""
     assert isinstance(code, GroupInt | GroupLevels)
-    if not wanted() or (torch.is_grad_enabled() and x.requires_grad):
+    if _for_reference(x):
         return reference.by_row_tiles(x, code)
     library = _library(x, code)
     if library is not None:
@@ -59,6 +77,40 @@ def group(x: Tensor, code: Code) -> Tensor:
 
     if len(x) <= _FEW:
         return triton_group.multiply(x, code)
+    return _by_decoding(x, code)
+
+
+@register(Codebook, "cuda")
+@register(Ternary, "cuda")
+def indexed(x: Tensor, code: Code) -> Tensor:
+    """x [n, in] times a codebook or a ternary code; [n, out] in x.dtype."""
+    assert isinstance(code, Codebook | Ternary)
+    if _for_reference(x):
+        return reference.by_row_tiles(x, code)
+    from pliant.kernels.triton import group as triton_group
+
+    return triton_group.multiply(x, code) if len(x) <= _FEW else _by_decoding(x, code)
+
+
+@register(Signed, "cuda")
+def signed(x: Tensor, code: Code) -> Tensor:
+    """As in the reference; for few inputs the signs are multiplied as they are stored."""
+    assert isinstance(code, Signed)
+    if _for_reference(x):
+        return reference.signed(x, code)
+    inner, n = code.inner, len(x)
+    if not isinstance(inner, LowRank) or not 0 < n * inner.rank <= _FEW:
+        return _by_decoding(x, code)
+    from pliant.kernels.triton import group as triton_group
+
+    a, b = launched(inner.a), launched(inner.b)
+    spread = (x.float()[:, None, :] * b).flatten(0, 1)  # [n rank, in]
+    seen = triton_group.multiply(spread, triton_group.signs(code), precision="tf32x3")
+    return (seen.view(n, inner.rank, -1) * a.t()).sum(1).to(x.dtype)
+
+
+def _by_decoding(x: Tensor, code: Code) -> Tensor:
+    """A bounded number of rows decoded at a time, then the vendor's product."""
     tiles = list(reference.row_tiles(x, code))
     if len(tiles) == 1:
         return F.linear(x, _decoded(x, code, slice(None)))
@@ -68,16 +120,57 @@ def group(x: Tensor, code: Code) -> Tensor:
     return y
 
 
-def _decoded(x: Tensor, code: GroupInt | GroupLevels, rows: slice) -> Tensor:
+def _decoded(x: Tensor, code: Code, rows: slice) -> Tensor:
     """Those rows of the matrix in x.dtype: by the CUDA kernel's library, or by Triton."""
-    library = _library(x[:1], code) if vector_bytes(code) >= 8 else None
-    if library is not None:
-        with torch.cuda.device(x.device):
-            stream = torch.cuda.current_stream().cuda_stream
-            return expand(code, x.dtype == torch.float16, library, stream, rows)
-    from pliant.kernels.triton import group as triton_group
+    if isinstance(code, GroupInt | GroupLevels) and vector_bytes(code) >= 8:
+        library = _library(x[:1], code)
+        if library is not None:
+            with torch.cuda.device(x.device):
+                stream = torch.cuda.current_stream().cuda_stream
+                return expand(code, x.dtype == torch.float16, library, stream, rows)
+    return launched(code, x.dtype, rows)
 
-    return triton_group.decode(code, x.dtype, rows)
+
+@register(Rotated, "cuda")
+def rotated(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Rotated)
+    if _for_reference(x):
+        return reference.rotated(x, code)
+    from pliant.kernels.triton import rotate
+
+    return matmul(rotate.rotate(x, code.seed), code.inner)
+
+
+@register(BlockRotated, "cuda")
+def block_rotated(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, BlockRotated)
+    if _for_reference(x):
+        return reference.block_rotated(x, code)
+    from pliant.kernels.triton import rotate
+
+    return matmul(rotate.turn(x, code.blocks, code.tail), code.inner)
+
+
+@register(Permuted, "cuda")
+def permuted(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Permuted)
+    if _for_reference(x):
+        return reference.permuted(x, code)
+    from pliant.kernels.triton import rotate
+
+    return matmul(rotate.arrange(x, order=code.order), code.inner)
+
+
+@register(Scaled, "cuda")
+def scaled(x: Tensor, code: Code) -> Tensor:
+    assert isinstance(code, Scaled)
+    if _for_reference(x):
+        return reference.scaled(x, code)
+    from pliant.kernels.triton import rotate
+
+    x = x if code.in_scale is None else rotate.arrange(x, scale=code.in_scale)
+    y = matmul(x, code.inner)
+    return y if code.out_scale is None else rotate.arrange(y, scale=code.out_scale)
 
 
 @register(Sum, "cuda")
@@ -165,6 +258,11 @@ def _aligned(x: Tensor) -> Tensor:
 def _counters(device: torch.device, stream: int) -> Tensor:
     """Where the blocks of a launch count what they have done: zero between launches."""
     return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+def _for_reference(x: Tensor) -> bool:
+    """Whether these kernels are off, or x asks for gradients, which they have none of."""
+    return not wanted() or (torch.is_grad_enabled() and x.requires_grad)
 
 
 def wanted() -> bool:

@@ -53,9 +53,9 @@ def _embed(  # type: ignore[no-untyped-def]
     for field in tl.static_range(FIELDS):
         k = field * size + byte
         w = _weights(
-            rows, k, out, width, groups, group_size,
+            rows, k, byte, size, out, width, groups, group_size,
             q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
-            BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP,
+            BITS, LEVELS, SCALES, SCALE_BITS, ROW_SCALE, ZERO_BITS, ONE_GROUP, field,
         )  # fmt: skip
         kept = ((byte < size) & (k < width))[None, :]
         tl.store(row + k[None, :], w.to(row.dtype.element_ty), mask=kept)
