@@ -28,8 +28,8 @@ _WHOLE = slice(None)
 
 
 def decode(code: Code, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The matrix [out, in], as `code.decode` gives it; on a GPU a launch for each code in it."""
-    if code.device.type == "cuda" and _triton():
+    """The matrix [out, in], as `code.decode` gives it; group codes on a GPU in one launch."""
+    if isinstance(code, GroupInt | GroupLevels) and code.device.type == "cuda" and _triton():
         return launched(code, dtype)
     return code.decode(dtype)
 
