@@ -270,7 +270,7 @@ def time_code(
     example = Terms() if terms is None else terms(0, x, torch.cuda.current_stream().cuda_stream)
     case = cuts.Case.of(codes[0], n, example)
     count = torch.cuda.get_device_properties(0).multi_processor_count
-    most = tuning.most_warps(library, case)
+    most = tuning.most_warps(library, case, x.device)
     tried = tuning.fastest(cuts.candidates(case, count, most), timed)
     shape, took = next(iter(tried.items()))
     alone = timed(replace(shape, overlap=False), False)

@@ -33,6 +33,11 @@ def code_of(out: int = 1024, width: int = 2048, bits: int = 4, levels: bool = Fa
     return code
 
 
+@pytest.fixture(autouse=True)
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "_shared", lambda _: decode._SHARED)
+
+
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Codes are on that GPU; what is timed is told by a function of the shape. Gives the calls."""

@@ -130,7 +130,8 @@ def candidates(case: Case, multiprocessors: int, most: int = 16) -> tuple[Shape,
     for cut in CUTS:
         if cut.warps > most or (cut.depth and segments > 3):
             continue
-        if cut.other and not (segments == 1 or (segments == 3 and case.rows == 1)):
+        compiled = (segments, case.rows, cut.warps) == (3, 1, 8) and most >= 16
+        if cut.other and segments > 1 and not compiled:
             continue
         found[cut.shape(case, multiprocessors)] = None
     return tuple(found)
@@ -148,7 +149,15 @@ def formula(case: Case, multiprocessors: int, most: int = 16) -> Shape:
     if tiles < 4 and long and most >= 16:
         return Shape(16, tiles)
     split = tiles >= 4 or long or case.kind != "integers"
-    return Shape(8, -(-tiles // 2) if split else tiles)
+    return Shape(min(8, most), -(-tiles // 2) if split else tiles)
+
+
+def fitting_warps(bits: int, shared: int) -> int:
+    """Warps whose rings of weights take at most six tenths of `shared` bytes: x wants the rest."""
+    warps, loads = 16, 2 if _segments(bits) == 1 else 1
+    while warps > 1 and warps * 2048 * _segments(bits) * loads > 0.6 * shared:
+        warps //= 2
+    return warps
 
 
 def _row_tiles(case: Case, multiprocessors: int) -> int:

@@ -6,7 +6,8 @@ compiled kernels. Never while a CUDA graph is captured on the stream, which take
 never with PLIANT_TUNE=0 in the environment.
 
 Whatever is chosen gives the right product: `decode.multiply` makes any shape fit. Tuning takes
-memory for copies of the weights of three times the L2 cache, up to a quarter of what is free.
+memory for copies of the weights, three times the L2 cache; where that is more than a quarter of
+what is free, nothing is tuned.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import torch
 
 from pliant.codes import GroupInt, GroupLevels
 from pliant.errors import PliantError
-from pliant.kernels.cuda import build
+from pliant.kernels.cuda import build, decode
 from pliant.kernels.cuda.decode import Shape, Terms, multiply
 from pliant.kernels.cuda.shapes import (
     CUTS,
     Case,
     Gpu,
     candidates,
+    fitting_warps,
     formula,
     parse,
     shipped,
@@ -58,7 +60,7 @@ def choose(
     """
     case, gpu = Case.of(code, n, terms), Gpu.of(code.device)
     if gpu is None:
-        return formula(case, 132)
+        return formula(case, 132, most_warps(library, case, code.device))
     known = _CHOSEN.get((case, gpu))
     if known is not None:
         return known
@@ -74,7 +76,7 @@ def choose(
             if shape is not None:
                 cached.put(case, shape)
     if shape is None:
-        most = 16 if library is None else most_warps(library, case)
+        most = most_warps(library, case, code.device)
         shape = formula(case, gpu.multiprocessors, most)
     if library is not None and not later:
         _CHOSEN[case, gpu] = shape
@@ -85,10 +87,11 @@ def wanted() -> bool:
     return os.environ.get("PLIANT_TUNE") != "0"
 
 
-def most_warps(library: Any, case: Case) -> int:
-    """Of a block, that the compiled kernel runs with."""
+def most_warps(library: Any, case: Case, device: torch.device) -> int:
+    """Of a block, that the compiled kernel runs with and whose weights fit."""
     tiles = {1: 0, 4: 1, 8: 2, 16: 4}[case.rows]
-    return int(library.pliant_warps(1, tiles))
+    registers = 16 if library is None else int(library.pliant_warps(1, tiles))
+    return min(registers, fitting_warps(case.bits, decode._shared(device)))
 
 
 class Cached:
@@ -174,7 +177,7 @@ def _tuned(
     dtype: torch.dtype,
 ) -> Shape | None:  # fmt: skip
     """The fastest candidate, or the formula's, if none is clearly faster; None: none was timed."""
-    shapes = candidates(case, gpu.multiprocessors, most_warps(library, case))
+    shapes = candidates(case, gpu.multiprocessors, most_warps(library, case, code.device))
     try:
         with torch.inference_mode():
             took = fastest(shapes, timer(code, case.rows, library, terms, dtype))
@@ -193,11 +196,13 @@ def timer(
     """A function of `fastest`: products with copies of the code that no L2 cache holds together."""
     device = code.device
     about = torch.cuda.get_device_properties(device)
-    spill = min(3 * int(getattr(about, "L2_cache_size", 50 << 20)),
-                torch.cuda.mem_get_info(device)[0] // 4)  # fmt: skip
+    wanted_bytes = 3 * int(getattr(about, "L2_cache_size", 50 << 20))
     stored = sum(plane.nbytes for plane in code.planes)
+    copies = max(-(-wanted_bytes // stored) - 1, 0)
+    if copies * stored > torch.cuda.mem_get_info(device)[0] // 4:
+        raise PliantError("copies of its weights would take more than a quarter of the free memory")
     codes = [code]
-    for _ in range(max(-(-spill // stored) - 1, 0)):
+    for _ in range(copies):
         codes.append(replace(code, planes=tuple(plane.clone() for plane in code.planes)))
     x = torch.arange(n * code.width, device=device).sin().reshape(n, code.width).to(dtype)
     y = torch.empty(n, code.shape[0], dtype=dtype, device=device)
