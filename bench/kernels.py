@@ -5,9 +5,10 @@
 Correct first: each kernel against the float64 product with the decoded matrix, batch 1 to 70. Then
 time: a CUDA graph of some hundred products that cycle through at least 200 MB of distinct weights,
 so that none is found in the L2 cache; the median of repeated replays, over the number of products.
-Every way to cut the work is tried and the fastest reported. GB/s counts the code's bytes, x and y.
-Peers are timed where they are installed: torch's tinygemm (int4), gemlite. A case that fails is
-noted and the rest goes on; results are written after each case.
+Every way to cut the work that the package may choose is tried and the fastest reported; --shapes
+refreshes the data file that the package ships (bench/shapes.py). GB/s counts the code's bytes, x
+and y. Peers are timed where they are installed: torch's tinygemm (int4), gemlite. A case that fails
+is noted and the rest goes on; results are written after each case.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import argparse
 import json
 import os
 import signal
-import statistics
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,15 +33,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import shapes
 from pliant import codes as forms
 from pliant.codes import GroupInt, GroupLevels, GroupScales, Sparse
 from pliant.codes.packing import PLANES, plane_bytes
 from pliant.kernels import matmul
-from pliant.kernels.cuda import build
+from pliant.kernels.cuda import build, tuning
+from pliant.kernels.cuda import shapes as cuts
 from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
-    choose_shape,
     expand,
     multiply,
     project,
@@ -68,7 +69,11 @@ class Results:
 
     def add(self, name: str, **row: Any) -> None:
         self.rows[name] = row
-        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        gpu = torch.cuda.get_device_properties(0)
+        about = {
+            "device": gpu.name, "capability": [gpu.major, gpu.minor],
+            "multiprocessors": gpu.multi_processor_count, "torch": torch.__version__,
+        }  # fmt: skip
         self.path.write_text(json.dumps({**about, "rows": self.rows}, indent=1) + "\n")
         self.path.with_suffix(".md").write_text(self.table())
         print(name, " ".join(f"{k}={_brief(v)}" for k, v in row.items()), flush=True)
@@ -290,33 +295,9 @@ def reference_only() -> Iterator[None]:
 # ---- timing -------------------------------------------------------------------------------------
 
 
-def microseconds(launch: Callable[[int], None], distinct: int, quick: bool = False) -> float:
+def microseconds(launch: Callable[[int], Any], distinct: int, quick: bool = False) -> float:
     """Of one product: `launch(i)` uses the i-th of `distinct` weights."""
-    rounds = max(1, -(-LAUNCHES // distinct))
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        for i in range(min(2, distinct)):
-            launch(i)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        # Not by torch.cuda.graph(), which collects garbage before each of a thousand captures.
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            for _ in range(rounds):
-                for i in range(distinct):
-                    launch(i)
-        finally:
-            graph.capture_end()
-        times = []
-        for _ in range(4 if quick else 12):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3 / (rounds * distinct))
-    return statistics.median(times[1:])
+    return tuning.microseconds(launch, distinct, quick, LAUNCHES)
 
 
 def distinct_of(nbytes: int) -> int:
@@ -343,21 +324,6 @@ def bf16_time(out: int, width: int, n: int) -> float:
     return took
 
 
-def shapes_to_try(code: Code, n: int) -> Iterator[Shape]:
-    """Around one block a multiprocessor: half as many tiles, other warps, depths and chunks."""
-    chosen = choose_shape(code, n)
-    tiles, fewer = chosen.row_tiles, -(-chosen.row_tiles // 2)
-    segments = code.bit_width // PLANES[code.bit_width][-1]
-    other = 2 if 1 < segments <= 3 else 1  # loads that are not the kernel's own choice
-    yield from (chosen, replace(chosen, depth=2), replace(chosen, loads=other))
-    yield replace(chosen, row_tiles=fewer)
-    if n <= 8:
-        yield from (replace(chosen, warps=16), replace(chosen, warps=16, depth=2))
-    if n == 1:
-        yield replace(chosen, warps=16, loads=other)
-        yield from (replace(chosen, warps=4, row_tiles=r) for r in {fewer, -(-tiles // 4)})
-
-
 def time_code(
     codes: list[Code],
     n: int,
@@ -377,25 +343,19 @@ def time_code(
 
         return microseconds(launch, len(codes), quick)
 
-    tried: list[tuple[float, Shape]] = []
-    failed = ""
-    for shape in shapes_to_try(codes[0], n):
-        try:
-            tried.append((timed(shape, True), shape))
-        except Exception as error:
-            failed = f"{shape}: {error}"
-            torch.cuda.synchronize()
-    tried.sort(key=lambda pair: pair[0])
-    best = min(((timed(s, False), s) for _, s in tried[:3]), key=lambda pair: pair[0])
-    alone = timed(replace(best[1], overlap=False), False)
+    example = Terms() if terms is None else terms(0, x, torch.cuda.current_stream().cuda_stream)
+    case = cuts.Case.of(codes[0], n, example)
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    most = tuning.most_warps(library, case, x.device)
+    tried = tuning.fastest(cuts.candidates(case, count, most), timed)
+    shape, took = next(iter(tried.items()))
+    alone = timed(replace(shape, overlap=False), False)
     moved = codes[0].nbytes + 2 * n * (out + width)
-    shape = best[1]
     how = f"{shape.warps} warps, {shape.row_tiles} tiles, {shape.depth} deep, {shape.loads} loads"
-    row = {"us": best[0], "gbs": moved / best[0] / 1e3, "us_no_overlap": alone, "how": how}
-    row["next"] = "; ".join(
-        f"{s.warps}/{s.row_tiles}/{s.depth}/{s.loads}={t:.2f}" for t, s in tried[1:]
-    )
-    return row | ({"failed": failed} if failed else {})
+    return {
+        "us": took, "gbs": moved / took / 1e3, "us_no_overlap": alone, "how": how,
+        "case": asdict(case), "tried": {cuts.written(s): t for s, t in tried.items()},
+    }  # fmt: skip
 
 
 def time_other(kind: str, out: int, width: int, dense: float) -> dict[str, Any]:
@@ -523,6 +483,7 @@ def main() -> None:
     parser.add_argument("--only", default="check,decode,batch,sum,prefill,peers,more,other")
     parser.add_argument("--resume", action="store_true", help="go on after a crash of the device")
     parser.add_argument("--began", type=float, default=time.time())
+    parser.add_argument("--shapes", type=Path, help="data file to refresh with what was timed")
     options = parser.parse_args()
     results = Results(options.out)
     wanted = options.only.split(",")
@@ -637,6 +598,8 @@ def main() -> None:
     for bits, (out, width) in product((1, 5, 6), SHAPES[:1]):
         run(f"more int{bits} {out}x{width}", lambda b=bits, o=out, w=width: timed(o, w, 1, b))
     print(results.table())
+    if options.shapes:
+        shapes.refresh([results.path], options.shapes)
 
 
 _KERNELS = [(b, False) for b in (4, 2, 3, 8, 1, 5, 6)] + [(b, True) for b in (4, 3, 2)]

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from pliant.codes import Dense, GroupInt, GroupLevels, LowRank, Sparse, Sum, power_scales
 from pliant.kernels import gpu
-from pliant.kernels.cuda import build, decode
+from pliant.kernels.cuda import build, decode, tuning
 from pliant.kernels.cuda.decode import Shape, Terms
+from pliant.kernels.cuda.shapes import Case, Gpu, Table, candidates
 from tests.kernels.group_codes import Form, group_code
 
 GPU = torch.cuda.is_available() and build.compiler() is not None
@@ -187,6 +188,90 @@ def test_little_shared_memory_is_enough(
     assert used[0] > limit >= used[-1]
     weight = code.decode(torch.float64)
     assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
+
+
+@pytest.mark.parametrize("built", BUILDS, ids=str)
+def test_each_shape_that_may_be_chosen_gives_the_product(
+    folder: Path, built: tuple[int, bool, bool]
+) -> None:
+    bits, levels, half = built
+    kernel = library(*built, folder)
+    code = group_code(Form(bits, levels, 128, 16, True), 40, 1024).to(DEVICE)
+    assert isinstance(code, GroupInt | GroupLevels)
+    weight = code.decode(torch.float64)
+    for n in (1, 7):
+        x = torch.randn(n, 1024, device=DEVICE).to(torch.float16 if half else torch.bfloat16)
+        case = Case.of(code, n)
+        for shape in candidates(case, 1, tuning.most_warps(kernel, case, code.device)):
+            y = torch.full((n, 40), torch.nan, dtype=x.dtype, device=DEVICE)
+            decode.multiply(x, code, kernel, stream(), shape, y=y)
+            exact = x.double() @ weight.t()
+            assert error_in_roundings(y, exact, usual(x, weight)) < 1.2, shape
+
+
+@pytest.mark.parametrize("built", BUILDS, ids=str)
+@pytest.mark.parametrize(("out", "width"), [(4096, 14336), (151936, 896), (28672, 8192)])
+def test_each_shape_that_may_be_chosen_fits_in_shared_memory(
+    folder: Path, built: tuple[int, bool, bool], out: int, width: int
+) -> None:
+    """Codes of large layers, without their bytes, on an H100 and on a GPU with 99 KiB a block."""
+    bits, levels, _ = built
+    kernel = library(*built, folder)
+    small = group_code(Form(bits, levels, 128, 16, True), 1, width)
+    assert isinstance(small, GroupInt | GroupLevels)
+    code = _taller(small, out)
+    vec = decode.vector_bytes(small)
+    assert vec
+    for limit, count in ((decode._SHARED, 132), (99 << 10, 28)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decode, "_shared", lambda _, limit=limit: limit)
+            for n in (1, 4, 8, 16):
+                case = Case.of(code, n)
+                for shape in candidates(case, count, tuning.most_warps(kernel, case, code.device)):
+                    args = decode._Args.from_buffer_copy(decode._stored(code))
+                    args.n = n
+                    loads = decode._loads(code, vec, n, shape)
+                    depth = decode._fit(args, code, vec, loads, shape, kernel)
+                    where = (ctypes.byref(args), vec, loads, depth, shape.warps)
+                    assert kernel.pliant_shared(*where) <= limit, (n, shape)
+                    assert 1 <= args.row_tiles <= shape.row_tiles
+
+
+def _taller(code: GroupInt | GroupLevels, out: int) -> GroupInt | GroupLevels:
+    """`out` rows that are all the same bytes."""
+
+    def tall(planes: tuple[Tensor, ...] | None) -> Any:
+        return planes and tuple(p.expand(out, -1) for p in planes)
+
+    rows = {"zeros": tall(code.zeros)} if isinstance(code, GroupInt) else {}
+    scales = replace(code.stored_scales, planes=tall(code.stored_scales.planes))
+    return replace(code, planes=tall(code.planes), stored_scales=scales, **rows)
+
+
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_a_product_is_tuned_on_the_gpu_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also one with a low-rank term, whose scratch memory is the tuning's own."""
+    monkeypatch.setenv("PLIANT_KERNEL_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    monkeypatch.setattr(tuning, "shipped", lambda: Table(()))
+    code = group_code(Form(4, False, 128, 16, False), 2048, 2048).to(DEVICE)
+    assert isinstance(code, GroupInt)
+    x = torch.randn(1, 2048, device=DEVICE).bfloat16()
+    kernel = build.library(4, False, False, True)
+    a, middle = torch.randn(2048, 11, device=DEVICE).half(), torch.randn(1, 11, device=DEVICE)
+    for terms in (Terms(), Terms(a, middle)):
+        shape = decode.choose_shape(code, 1, kernel, terms, x.dtype)
+        here = Gpu.of(x.device)
+        assert here is not None
+        kept = tuning.Cached.of(here)
+        assert kept.get(Case.of(code, 1, terms)) == shape
+        y = decode.multiply(x, code, kernel, stream(), shape, terms)
+        exact = x.double() @ code.decode(torch.float64).t()
+        if terms.factor is not None:
+            exact += middle.double() @ a.double().t()
+        assert error_in_roundings(y, exact) < 1.2
 
 
 @pytest.mark.parametrize("built", BUILDS, ids=str)

@@ -72,7 +72,8 @@ def group(x: Tensor, code: Code) -> Tensor:
         x = _aligned(x)
         with torch.cuda.device(x.device):
             stream = torch.cuda.current_stream().cuda_stream
-            return multiply(x, code, library, stream, choose_shape(code, len(x)))
+            shape = choose_shape(code, len(x), library, Terms(), x.dtype)
+            return multiply(x, code, library, stream, shape)
     from pliant.kernels.triton import group as triton_group
 
     if len(x) <= _FEW:
@@ -195,7 +196,8 @@ def total(x: Tensor, code: Code) -> Tensor:
             terms = replace(
                 terms, factor=low.a.values, middle=middle, b=low.b.values, counters=counters
             )
-        y = multiply(x, base, library, stream, choose_shape(base, len(x)), terms)
+        shape = choose_shape(base, len(x), library, terms, x.dtype)
+        y = multiply(x, base, library, stream, shape, terms)
     for part in rest:
         y += matmul(x, part)
     return y

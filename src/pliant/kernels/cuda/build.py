@@ -63,16 +63,20 @@ def compiled(nvcc: str, macros: Mapping[str, int], capability: str) -> Path:
     ]
     source = _SOURCE.read_bytes()
     key = hashlib.sha256(source + " ".join(flags).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("PLIANT_KERNEL_CACHE", Path.home() / ".cache/pliant/kernels"))
-    target = folder / f"decode-{key}.so"
+    target = folder() / f"decode-{key}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             fresh = Path(scratch, target.name)
             command = [nvcc, *flags, str(_SOURCE), "-o", str(fresh)]
             subprocess.run(command, check=True, capture_output=True, timeout=600)
             fresh.rename(target)  # another process may have been first: the same file
     return target
+
+
+def folder() -> Path:
+    """Where kernels, and how they are best cut (tuning.py), are kept."""
+    return Path(os.environ.get("PLIANT_KERNEL_CACHE", Path.home() / ".cache/pliant/kernels"))
 
 
 @cache

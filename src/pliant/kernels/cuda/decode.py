@@ -173,20 +173,20 @@ def expand(
     return matrix
 
 
-def choose_shape(code: GroupInt | GroupLevels, n: int) -> Shape:
-    """How to cut the product with `n` rows of x: about one block a multiprocessor.
+def choose_shape(
+    code: GroupInt | GroupLevels,
+    n: int,
+    library: Any = None,
+    terms: Terms = Terms(),
+    dtype: torch.dtype = torch.bfloat16,
+) -> Shape:
+    """How to cut the product with `n` rows of x in dtype: see tuning.py.
 
-    x is then made digits once a multiprocessor, and the next launch's block fits beside this one's.
+    library: `multiply`'s, with which it may be tuned on first use; None: it is not.
     """
-    tiles = -(-code.shape[0] // 16)
-    return Shape(8, max(1, min(-(-tiles // _multiprocessors(code.device)), 12)))
+    from pliant.kernels.cuda import tuning  # which calls `multiply`
 
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 132
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return tuning.choose(code, n, library, terms, dtype)
 
 
 @cache
