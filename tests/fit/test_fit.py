@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pliant.errors import BudgetError, CheckpointError, PliantError, RecipeError
-from pliant.fit import Recipe, fit, pipeline, read_recipe, summary
+from pliant.fit import Recipe, fit, pipeline, read_recipe, scratch, summary
 from pliant.fit.background import Background
 from pliant.fit.recipe import Rule, RungSpec, default_recipe
 from pliant.ladder import Artifact, shard, writer
@@ -609,7 +609,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_later(
         if stage == "_save":
             patch.setattr(sweep_module, "_save", refuse)
         else:
-            patch.setattr(Path, "write_bytes", refuse)
+            patch.setattr(scratch, "write_shard", refuse)
         with pytest.raises(PliantError, match="is full"):
             run(llama, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,10 +6,11 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pliant.ladder.output import told_when_full
+from pliant.ladder.shard import write_shard
 from pliant.observe import Observation, Statistics
 from pliant.observe.statistics import FIELDS
 
@@ -18,11 +19,8 @@ _SAMPLE = "sample-"
 
 def store(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file of work in progress, whole or not at all."""
-    raw = save(tensors)
-    temporary = path.with_suffix(".tmp")
-    with told_when_full(path.parent, len(raw)):
-        temporary.write_bytes(raw)
-        temporary.replace(path)
+    with told_when_full(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
+        write_shard(path, [("", tensors)], durable=False)
 
 
 def _aside(work: Path, observation: Observation) -> Path:

@@ -20,6 +20,7 @@ from pliant.ladder.document import FILE_NAME, Document, from_bytes
 from pliant.ladder.output import recover
 from pliant.ladder.rung import Ladder, Rung
 from pliant.ladder.shard import (
+    Extent,
     check_extent,
     check_header,
     check_size,
@@ -138,9 +139,13 @@ class Artifact:
                 pass
 
     def verify(self) -> None:
-        """Read every shard in full; CorruptError names the first one that is damaged."""
+        """Read all that any size takes; CorruptError names the first shard that is damaged."""
+        extents: dict[str, list[Extent]] = {self.document.fixed.shard: [self.document.fixed]}
+        for rungs in self.document.rungs.values():
+            for rung in rungs:
+                extents.setdefault(rung.where.shard, []).append(rung.where)
         for name, info in self.document.shards.items():
-            check_whole(self.directory, name, info)
+            check_whole(self.directory, name, info, extents.get(name, ()))
 
 
 def load_threads(device: torch.device) -> int:

@@ -95,13 +95,15 @@ def empty(directory: Path) -> None:
             path.unlink()
 
 
-def write_file(path: Path, content: Path | bytes | str) -> None:
+def write_file(path: Path, content: Path | bytes | str, *, durable: bool = True) -> None:
+    """durable: it survives a power cut."""
     raw = content.read_bytes() if isinstance(content, Path) else content
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(raw.encode() if isinstance(raw, str) else raw)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def length(content: Path | bytes | str) -> int:

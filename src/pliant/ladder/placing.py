@@ -1,4 +1,4 @@
-"""Finished shards become an artifact's: linked whole, or copied without what is left out."""
+"""Finished shards become an artifact's: linked, or copied where much of one is left out."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from pliant.ladder.rung import Ladder, Rung
 from pliant.ladder.shard import Extent, ShardInfo, copy_extents, sync
 
 _THREADS = min(16, os.cpu_count() or 1)
+# Share of a shard that may be rungs which the ladder leaves out: copying the rest would write, and
+# for a while hold, the artifact twice.
+_UNUSED = 0.1
 T = TypeVar("T")
 
 
@@ -27,6 +30,10 @@ class Finished:
     info: ShardInfo
     rungs: tuple[Rung, ...] = ()
     fixed: Extent | None = None
+
+    def extents(self) -> list[Extent]:
+        own = [rung.where for rung in self.rungs]
+        return own if self.fixed is None else [self.fixed, *own]
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,9 @@ class Placement:
 
     @property
     def whole(self) -> bool:
-        return len(self.rungs) == len(self.finished.rungs)
+        """Whether its file is taken as it is: little in it is left out."""
+        kept = sum(rung.nbytes for rung in self.rungs)
+        return kept >= (1 - _UNUSED) * sum(rung.nbytes for rung in self.finished.rungs)
 
     @property
     def nbytes(self) -> int:

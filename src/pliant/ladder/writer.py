@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ class Writer:
             kept = _Journal(key)
         self._journal = kept
         self._held = Held(hold or {})
+        self._syncing = ThreadPoolExecutor(1)
         self._drop_damaged()
         self._save()
 
@@ -191,7 +193,8 @@ class Writer:
         """Assemble the artifact and give it its name; the partial work goes.
 
         ladder: rungs that came from `write`, perhaps fewer, renumbered, with their damage; those
-        that it leaves out take no disk. files: config.json, tokenizer files, recipe.yaml ...
+        that it leaves out take at most a tenth of a shard. files: config.json, tokenizer files,
+        recipe.yaml ...
         """
         stage = self.directory / _ASSEMBLY
         chosen = placements(ladder, self._journal.shards)
@@ -238,9 +241,12 @@ class Writer:
         self, name: str, groups: Sequence[tuple[str, Mapping[str, Tensor]]]
     ) -> tuple[ShardInfo, list[Extent]]:
         needed = sum(tensor.nbytes for _, tensors in groups for tensor in tensors.values())
+        path = self.directory / name
         with told_when_full(self.directory, needed):
-            # Not synced: a shard that a power cut tears fails its checksum and is built again.
-            return write_shard(self.directory / name, groups, durable=False)
+            # Not waited for: a shard that a power cut tears fails its checksum and is built again.
+            written = write_shard(path, groups, durable=False)
+        self._syncing.submit(sync, path)  # so that `finish` need not write all of them at once
+        return written
 
     def _read_journal(self) -> _Journal | None:
         path = self.directory / JOURNAL
@@ -258,7 +264,7 @@ class Writer:
     def _drop_damaged(self) -> None:
         for name, finished in list(self._journal.shards.items()):
             try:
-                check_whole(self.directory, name, finished.info)
+                check_whole(self.directory, name, finished.info, finished.extents())
             except CorruptError:
                 del self._journal.shards[name]
 
@@ -268,7 +274,7 @@ class Writer:
         with told_when_full(self.directory, len(raw)):
             temporary = self.directory / (JOURNAL + ".tmp")
             try:
-                write_file(temporary, raw)
+                write_file(temporary, raw, durable=False)
                 os.replace(temporary, self.directory / JOURNAL)
             except BaseException:
                 temporary.unlink(missing_ok=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ Substitute = Callable[[Target], Tensor | None]
 Sink = Callable[[int, Tensor], None]
 _TOKENS_AT_ONCE = 4096
 _REMEMBERED_SHAPES = 4
+_READERS = 8
 
 
 class _Stop(Exception):
@@ -107,9 +110,8 @@ class StreamedModel:
         """Decoder layer `index` with its weights in memory; they are freed on exit."""
         layer = self._layers[index]
         if not self._open[index]:
-            for name, parameter in list(layer.named_parameters(self.blocks[index])):
-                if parameter.is_meta:
-                    self._place(name, self._parameter(name))
+            parameters = list(layer.named_parameters(self.blocks[index]))
+            self._load([name for name, parameter in parameters if parameter.is_meta])
         self._open[index] += 1
         try:
             yield layer
@@ -133,6 +135,16 @@ class StreamedModel:
         for index in range(len(self.blocks)):
             self._free(index)
         self._load_outer()
+
+    def _load(self, names: Sequence[str]) -> None:
+        """Put parameters in place; for a GPU, several are read and checked at once."""
+        if self.device.type == "cpu" or self._substitute is not None:
+            for name in names:  # one at a time: in 32 bits each takes twice its bytes
+                self._place(name, self._parameter(name))
+            return
+        with ThreadPoolExecutor(min(_READERS, os.cpu_count() or 1)) as pool:
+            for name, tensor in zip(names, pool.map(self._parameter, names), strict=True):
+                self._place(name, tensor)
 
     def _parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """The stored form of a parameter, substitutes in place; in the compute dtype if none."""
@@ -159,7 +171,7 @@ class StreamedModel:
         """A parameter as it was; what every substitution needs again stays on a GPU."""
         kept = self._kept.get((name, dtype))
         if kept is None:
-            kept = self._reader.read(name).to(self.device, dtype)
+            kept = self._reader.read(name).to(self.device).to(dtype)  # widened where it goes
             layers = any(target.block is not None for target in self._by_parameter.get(name, ()))
             if self.resident and self.device.type == "cuda" and not layers:
                 self._kept[name, dtype] = kept

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pliant.errors import PliantError
 from pliant.model import StreamedModel, Target
+from pliant.model.shards import read_bytes
 from pliant.observe.statistics import Accumulator, Statistics
 
 Progress = Callable[[int, int], None]
@@ -267,11 +268,10 @@ class Sweep:
         width = self._width()
         for start in range(0, count, batch):
             size = min(batch, count - start)
-            with path.open("rb") as file:
-                file.seek(2 * start * length * width)
-                raw = bytearray(file.read(2 * size * length * width))
-            part = torch.frombuffer(raw, dtype=torch.bfloat16).view(size, length, width)
-            yield slice(start, start + size), part.to(self._model.device, self._model.dtype)
+            row = 2 * length * width
+            part = read_bytes(path, row * start, row * size).view(torch.bfloat16)
+            part = part.view(size, length, width).to(self._model.device)  # widened there
+            yield slice(start, start + size), part.to(self._model.dtype)
 
 
 def _normalised(weights: Tensor, count: int) -> list[float]:
