@@ -32,7 +32,7 @@ from tests.kernels.group_codes import Form, group_code
 GPU = torch.cuda.is_available() and build.compiler() is not None
 DEVICE = "cuda" if GPU else "cpu"
 HERE = Path(__file__).parent / "cuda_emulation"
-# What is compiled: (bits, digits of a level, half); all widths, one after the other in bf16 and fp16.
+# What is compiled: (bits, digits of a level, half): all widths, some in bf16 and some in fp16.
 BUILDS = [(b, 0, b % 3 == 2) for b in range(1, 9)]
 BUILDS += [(b, 2, b == 3) for b in range(1, 5)] + [(b, 1, b == 2) for b in range(1, 5)]
 pytestmark = pytest.mark.skipif(not (GPU or shutil.which("g++")), reason="no nvcc and no g++")
@@ -120,7 +120,9 @@ def test_product_is_that_of_the_decoded_matrix(
     if half:
         scale = 1.0
     low = decode.PLANES[bits][-1]
-    form = Form(bits, digits > 0, unit * groups_of, 16 if scales == "powers" else int(scales), zeros)
+    form = Form(
+        bits, digits > 0, unit * groups_of, 16 if scales == "powers" else int(scales), zeros
+    )
     code = coded(form, digits, out, row * unit * 8 // low)
     if scales == "powers":
         exponents = torch.randint(-9, 0, (out, code.groups))
@@ -136,7 +138,9 @@ def test_product_is_that_of_the_decoded_matrix(
     assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
 
 
-@pytest.mark.parametrize("built", [(2, 0, False), (3, 0, False), (4, 2, False), (4, 1, False), (2, 1, True)], ids=str)
+@pytest.mark.parametrize(
+    "built", [(2, 0, False), (3, 0, False), (4, 2, False), (4, 1, False), (2, 1, True)], ids=str
+)
 @pytest.mark.parametrize("scale_bits", [8, 6, 5])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_scales_that_are_read_four_at_once(
@@ -259,6 +263,49 @@ def test_a_sum_is_one_product(
     y = gpu.total(x, code)
     exact = x.double() @ code.decode(torch.float32).double().t()
     assert error_in_roundings(y, exact) < 1.7  # the last part is added in x's dtype
+
+
+@pytest.mark.parametrize(
+    ("tables", "step"),
+    [
+        ([[-127, -3, 5, 127]], 1.0),
+        ([[-0.25, 0.0, 0.75, 31.75]], 0.25),
+        ([[-2.0, -1.0, 0.0, 8.0], [0.5, 0.5, 0.5, 0.5]], 0.5),
+        ([[0.0, 0.0, 0.0, 0.0]], 2.0**-24),
+        ([[-128, -3, 5, 127]], None),
+        ([[-1.0, -0.1, 0.1, 1.0]], None),
+        ([[-1.0, 0.0, 1.0, 100.0], [-1.0, 0.0, 0.25, 1.0]], None),
+        ([[-1.0, 0.0, 1.0, torch.inf]], None),
+        ([[*range(-100, -92), *range(8)]], 1.0),
+        ([[*range(8), *range(-100, -92)]], None),  # the lower half is above the upper one
+        ([[-127, *range(7), *range(7, 15)]], None),  # 133 steps within a half
+    ],
+)
+def test_which_tables_are_integers_of_a_digit(
+    tables: list[list[float]], step: float | None
+) -> None:
+    found = decode.integer_step(torch.tensor(tables).half())
+    assert found == step if step else found != found
+
+
+def test_a_stream_that_is_captured_takes_two_digits_unless_one_is_known_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = group_code(Form(2, True, 64, 16, False), 3, 128)
+    assert isinstance(code, GroupLevels)
+    code = replace(code, tables=byte_tables(code.tables.float().sort(1).values).half())
+    code = code.to(DEVICE)
+    assert isinstance(code, GroupLevels)
+    x = torch.randn(1, 128, device=DEVICE).bfloat16()
+    capturing = [True]
+    with monkeypatch.context() as faked:
+        faked.setattr(torch.Tensor, "is_cuda", True)
+        faked.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+        for capturing[0], digits in ((True, 2), (False, 1), (True, 1)):
+            assert decode.level_digits(code) == digits
+            y = decode.multiply(x, code, library(2, digits, False, folder), stream())
+            weight = code.decode(torch.float64)
+            assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def byte_tables(tables: Tensor) -> Tensor:
 
 def byte_scaled(tables: Tensor) -> Tensor:
     """Tables [tables, levels] times what `byte_tables` scales each with."""
-    halves = tables.unflatten(1, (2, -1))
+    halves = tables.reshape(len(tables), 2, -1)
     apart = (halves[..., -1] - halves[..., 0]).amax(1, keepdim=True) * (127 / 126)  # and rounding
     reach = torch.maximum(tables.abs().amax(1, keepdim=True), apart)
     return tables * (127 / 128 / reach.clamp_min(TINY))

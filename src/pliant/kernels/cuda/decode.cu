@@ -323,17 +323,33 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&words)[kSegments
   return v;
 }
 
+// The low or high nibbles of words i and i + 1, of each byte one beside the other.
+template <int WORDS>
+__device__ __forceinline__ uint32_t nibbles_of(const uint32_t (&words)[WORDS], int i, int high) {
+  return high ? either(0x0F0F0F0Fu, words[i] >> 4, words[i + 1])
+              : either(0x0F0F0F0Fu, words[i], words[i + 1] << 4);
+}
+
 // Selectors of two bytes' or four bytes' levels: nibbles of words i (low) and i + 1 (high), or of
 // one word alone, its bytes 0, 1, 2, 3 in the low half.
 template <int WORDS>
 __device__ __forceinline__ uint32_t selectors_of(const uint32_t (&words)[kSegments][WORDS], int slice,
                                                  int i) {
-  if constexpr (WORDS > 1 && BITS == 4)
-    return slice == 0 ? either(0x0F0F0F0Fu, words[0][i], words[0][i + 1] << 4)
-                      : either(0x0F0F0F0Fu, words[0][i] >> 4, words[0][i + 1]);
-  const uint32_t low = weights_of(words, slice, i, 0);
-  if constexpr (WORDS > 1) return weights_of(words, slice, i + 1, 4, low);
-  return permute(low | low >> 4, 0, 0x0020);
+  if constexpr (WORDS > 1) {
+    // Nibbles of both words first: what several slices need of them is then made once.
+    constexpr int kWidest = plane_width(0), kRatio = kWidest / kLow;
+    const int field = slice / kRatio * kWidest;
+    const uint32_t widest = shifted(nibbles_of(words[slice % kRatio], i, field / 4), field % 4);
+    if constexpr (BITS == 4) return widest;
+    if constexpr (BITS < 3) return widest & ((1 << BITS) - 1) * 0x11111111u;
+    // Every other bit of the narrow plane, so that none is beside the one that is wanted.
+    const uint32_t others = slice % 2 ? 0xAAAAAAAAu : 0x55555555u;
+    const uint32_t narrow = nibbles_of(words[plane_first(1)], i, slice / 4) & others;
+    return either(0x33333333u, widest, shifted(narrow, slice % 4 - 2));
+  } else {
+    const uint32_t low = weights_of(words, slice, i, 0);
+    return permute(low | low >> 4, 0, 0x0020);
+  }
 }
 
 // Signed digits of the levels that the low four nibbles select. table: kTableWords words.

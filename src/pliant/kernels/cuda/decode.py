@@ -128,6 +128,8 @@ def multiply(
     vec = vector_bytes(code)
     args = _Args.from_buffer_copy(_stored(code))
     args.x, args.y, args.n, args.y_stride = x.data_ptr(), y.data_ptr(), n, y.stride(0)
+    if isinstance(code, GroupLevels):
+        args.level_step = _level_step(code)  # NaN shows in a product of the wrong library
     if terms.factor is not None and terms.middle is not None:
         args.factor, args.middle = terms.factor.data_ptr(), terms.middle.data_ptr()
         args.rank, args.late = terms.factor.shape[1], terms.late
@@ -348,7 +350,6 @@ def _stored(code: GroupInt | GroupLevels) -> _Args:
         _point(args.zero_planes, code.selector or ())
         args.tables, args.table_count = code.tables.data_ptr(), len(code.tables)
         args.selector_bits = (len(code.tables) - 1).bit_length()
-        args.level_step = _level_step(code)  # NaN would show in a product of the wrong library
     _STORED[code] = args
     return args
 
