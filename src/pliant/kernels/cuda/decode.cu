@@ -1200,7 +1200,7 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
 __global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
-                                  TERMS && !TILES && !LEVELS && kSegments * LOADS <= 3 ? 2 : 1)
+                                  TERMS && !TILES && LEVELS < 2 && kSegments * LOADS <= 3 ? 2 : 1)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
   decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);
