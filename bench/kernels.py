@@ -44,12 +44,14 @@ from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
     expand,
+    level_digits,
     multiply,
     project,
     sparse_terms,
     vector_bytes,
 )
 from pliant.kernels.decoding import launched
+from pliant.methods.levels import byte_tables
 
 SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]  # out, in
 SPILL = 200e6  # bytes of distinct weights in a cycle: four times the L2 cache of an H100
@@ -104,9 +106,12 @@ def _brief(value: Any) -> str:
 
 
 def random_code(
-    out: int, width: int, bits: int, group: int, *, levels: bool = False, packed: bool = False
+    out: int, width: int, bits: int, group: int, *, digits: int = 0, packed: bool = False
 ) -> Code:
-    """Random stored bytes; packed: scales of 6 bits and zero points, else fp16 and symmetric."""
+    """Random stored bytes; digits: of levels, 0 for integers.
+
+    packed: scales of 6 bits, and zero points or four tables; else of fp16, symmetric, one table.
+    """
 
     def planes(columns: int, of: int) -> tuple[Tensor, ...]:
         return tuple(
@@ -122,9 +127,13 @@ def random_code(
         half = torch.rand(out, groups, device="cuda").mul_(0.02).add_(0.005).half()
         scales = GroupScales((half,), None, 16, groups)
     q = planes(width, bits)
-    if levels:
-        tables = torch.randn(1, 2**bits, device="cuda").sort(1).values.half()
-        return GroupLevels(q, scales, tables, None, width, bits, group)
+    if digits:
+        tables = torch.randn(4 if packed else 1, 2**bits).sort(1).values
+        tables = (byte_tables(tables) if digits == 1 else tables).half().to("cuda")
+        selector = planes(groups, 2) if packed else None
+        code = GroupLevels(q, scales, tables, selector, width, bits, group)
+        assert level_digits(code) == digits  # seen before a graph is captured
+        return code
     zeros = planes(groups, bits) if packed else None
     return GroupInt(q, scales, zeros, width, bits, group)
 
@@ -182,7 +191,7 @@ def disagreement(y: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
     return error, float((exact.to(y.dtype).double() - exact).norm() / norm)
 
 
-def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str, Any]:
+def check(bits: int, digits: int, dtype: torch.dtype, library: Any) -> dict[str, Any]:
     """The largest error over batches and forms, in units of the rounding of the output."""
     stream = torch.cuda.current_stream().cuda_stream
     worst, cases = 0.0, 0
@@ -190,7 +199,7 @@ def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str
     for out, bytes_, group in ((1000, 192, 64), (77, 96, 32), (130, 1024, 128), (33, 48, 16)):
         width = bytes_ * per_byte
         for packed in (False, True):
-            code = random_code(out, width, bits, group, levels=levels, packed=packed)
+            code = random_code(out, width, bits, group, digits=digits, packed=packed)
             weight = code.decode(torch.float64)
             if vector_bytes(code) >= 8:
                 decoded = expand(code, dtype == torch.float16, library, stream)
@@ -208,13 +217,13 @@ def check(bits: int, levels: bool, dtype: torch.dtype, library: Any) -> dict[str
     return {"worst_in_roundings": worst, "cases": cases}
 
 
-def check_triton(bits: int, levels: bool) -> dict[str, Any]:
+def check_triton(bits: int, digits: int) -> dict[str, Any]:
     """Triton's kernels on ragged shapes and strided x, float32 and bf16."""
     from pliant.kernels.triton import group as triton_group
 
     worst = 0.0
     for out, width, group, packed in ((77, 129, 48, True), (130, 256, 64, False)):
-        code = random_code(out, width, bits, group, levels=levels, packed=packed)
+        code = random_code(out, width, bits, group, digits=digits, packed=packed)
         weight = code.decode(torch.float64)
         for n in (1, 17):
             x = torch.randn(width, n, device="cuda").t()
@@ -521,13 +530,13 @@ def main() -> None:
         return dense[out, width, n]
 
     def timed(
-        out: int, width: int, n: int, bits: int, levels: bool = False, packed: bool = False
+        out: int, width: int, n: int, bits: int, digits: int = 0, packed: bool = False
     ) -> dict[str, Any]:
-        library = libraries[bits, levels, False, False].result()
+        library = libraries[bits, digits, False, False].result()
         group = 64 if packed else 128
-        one = random_code(out, width, bits, group, levels=levels, packed=packed)
+        one = random_code(out, width, bits, group, digits=digits, packed=packed)
         more = range(distinct_of(one.nbytes) - 1)
-        kinds = {"levels": levels, "packed": packed}
+        kinds = {"digits": digits, "packed": packed}
         codes = [one, *(random_code(out, width, bits, group, **kinds) for _ in more)]
         row = time_code(codes, n, library)
         reference = base(out, width, n)
@@ -537,7 +546,7 @@ def main() -> None:
         }  # fmt: skip
 
     def check_half(bits: int) -> dict[str, Any]:
-        return check(bits, False, torch.float16, libraries[bits, False, True, False].result())
+        return check(bits, 0, torch.float16, libraries[bits, 0, True, False].result())
 
     copy["gbs"] = copy_speed()
     torch.cuda.empty_cache()
@@ -545,15 +554,15 @@ def main() -> None:
     for n, (out, width) in product((1, 8, 512), SHAPES):  # while nvcc works
         base(out, width, n)
 
-    for bits, levels in _KERNELS:
-        kind = "levels" if levels else "int"
+    for bits, digits in _KERNELS:
+        kind = _kind(digits)
         run(
             f"check {kind}{bits} bf16",
-            lambda b=bits, v=levels: check(
-                b, v, torch.bfloat16, libraries[b, v, False, False].result()
+            lambda b=bits, d=digits: check(
+                b, d, torch.bfloat16, libraries[b, d, False, False].result()
             ),
         )
-    run("check sum", lambda: check_sum(libraries[4, False, False, True].result()))
+    run("check sum", lambda: check_sum(libraries[4, 0, False, True].result()))
     for bits, (out, width) in product((4, 2, 3, 8), SHAPES):
         run(f"decode int{bits} {out}x{width}", lambda b=bits, o=out, w=width: timed(o, w, 1, b))
     for out, width in SHAPES:
@@ -567,19 +576,21 @@ def main() -> None:
     for out, width in SHAPES:
         run(f"prefill 512 int4 {out}x{width}",
             lambda o=out, w=width: _prefill(
-                o, w, base(o, w, 512), libraries[4, False, False, False].result()))  # fmt: skip
+                o, w, base(o, w, 512), libraries[4, 0, False, False].result()))  # fmt: skip
     for bits, (out, width) in product((4, 2, 8), SHAPES):
         run(f"peers gemlite int{bits} {out}x{width} batch 1",
             lambda b=bits, o=out, w=width: {"us": gemlite_time(o, w, 1, b)})  # fmt: skip
-    for bits, (out, width) in product((4, 3, 2), SHAPES):
-        run(f"decode levels{bits} {out}x{width}",
-            lambda b=bits, o=out, w=width: timed(o, w, 1, b, True))  # fmt: skip
+    for bits, (out, width), digits in product((4, 3, 2), SHAPES, (1, 2)):
+        run(f"decode {_kind(digits)}{bits} {out}x{width}",
+            lambda b=bits, o=out, w=width, d=digits: timed(o, w, 1, b, d))  # fmt: skip
+    for bits, (out, width), digits in product((4, 3, 2), SHAPES, (1, 2)):
+        run(f"decode {_kind(digits)}{bits} {out}x{width} g64, 6-bit scales, 4 tables",
+            lambda b=bits, o=out, w=width, d=digits: timed(o, w, 1, b, d, True))  # fmt: skip
     for bits in (4, 2, 3):
         run(f"decode int{bits} 4096x4096 g64, 6-bit scales, zeros",
             lambda b=bits: timed(4096, 4096, 1, b, packed=True))  # fmt: skip
-    for bits, levels in ((4, False), (2, False), (3, True), (8, False)):
-        kind = "levels" if levels else "int"
-        run(f"check {kind}{bits} triton", lambda b=bits, v=levels: check_triton(b, v))
+    for bits, digits in ((4, 0), (2, 0), (3, 2), (8, 0)):
+        run(f"check {_kind(digits)}{bits} triton", lambda b=bits, d=digits: check_triton(b, d))
     for kind in OTHERS:
         run(f"check {kind}", lambda k=kind: check_other(k))
     for kind, (out, width) in product(OTHERS, SHAPES[:2]):
@@ -602,27 +613,32 @@ def main() -> None:
         shapes.refresh([results.path], options.shapes)
 
 
-_KERNELS = [(b, False) for b in (4, 2, 3, 8, 1, 5, 6)] + [(b, True) for b in (4, 3, 2)]
+_KERNELS = [(b, 0) for b in (4, 2, 3, 8, 1, 5, 6)] + [(b, d) for b in (4, 3, 2) for d in (1, 2)]
 
 
-def _libraries(half: bool) -> dict[tuple[int, bool, bool, bool], Any]:
+def _kind(digits: int) -> str:
+    """In the names of rows; levels of any fp16 take two digits."""
+    return ("int", "levels", "fp16 levels")[digits]
+
+
+def _libraries(half: bool) -> dict[tuple[int, int, bool, bool], Any]:
     """Futures of the compiled kernels, built side by side."""
-    wanted = [(4, False, False, True), *((b, v, False, False) for b, v in _KERNELS)]
-    wanted += [(b, False, True, False) for b in (4, 8, 2)] if half else []
+    wanted = [(4, 0, False, True), *((b, d, False, False) for b, d in _KERNELS)]
+    wanted += [(b, 0, True, False) for b in (4, 8, 2)] if half else []
     pool = ThreadPoolExecutor(os.cpu_count())
     build.compiler(), torch.cuda.get_device_capability()
     return {key: pool.submit(_library, *key) for key in wanted}
 
 
-def _library(bits: int, levels: bool, half: bool, terms: bool) -> Any:
-    library = build.library(bits, levels, half, terms)
+def _library(bits: int, digits: int, half: bool, terms: bool) -> Any:
+    library = build.library(bits, digits, half, terms)
     if library is None:
         raise RuntimeError(f"no kernel for {bits} bits")
     return library
 
 
 def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[str, Any]:
-    library = libraries[4, False, False, True].result()
+    library = libraries[4, 0, False, True].result()
     one = random_code(out, width, 4, 128)
     count = distinct_of(one.nbytes)
     codes = [one, *(random_code(out, width, 4, 128) for _ in range(count - 1))]

@@ -29,7 +29,10 @@ _KINDS = {"int": "integers", "levels": "levels"}
 
 
 def measured(name: str, row: dict[str, Any]) -> tuple[Case, dict[str, float]] | None:
-    """A row of kernels.json: the product and microseconds by shape; None for other rows."""
+    """A row of kernels.json: the product and microseconds by shape; None for other rows.
+
+    A row without its case is from before levels of one digit: "levels" there take two.
+    """
     if "case" in row:
         return Case(**row["case"]), row["tried"]
     match, how = _NAME.match(name), _HOW.match(row.get("how", ""))
@@ -105,7 +108,7 @@ def compare(measured_: Table, judged: Table) -> str:
             ),
         }
         best = min(row.times.values())
-        line = f"{case.kind}{case.bits} {case.out}x{case.width}{' packed' if case.packed else ''}:"
+        line = f"{case.kind}, {case.bits} bits, {case.out}x{case.width}{' packed' * case.packed}:"
         for way, shape in chosen.items():
             if shape is None:  # what it would be until tuned
                 shape = chosen["formula"]

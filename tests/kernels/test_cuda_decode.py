@@ -27,13 +27,15 @@ from pliant.kernels import gpu
 from pliant.kernels.cuda import build, decode, tuning
 from pliant.kernels.cuda.decode import Shape, Terms
 from pliant.kernels.cuda.shapes import Case, Gpu, Table, candidates
+from pliant.methods.levels import byte_tables
 from tests.kernels.group_codes import Form, group_code
 
 GPU = torch.cuda.is_available() and build.compiler() is not None
 DEVICE = "cuda" if GPU else "cpu"
 HERE = Path(__file__).parent / "cuda_emulation"
-# What is compiled: (bits, levels, half); all widths, one after the other in bf16 and fp16.
-BUILDS = [(b, False, b % 3 == 2) for b in range(1, 9)] + [(b, True, b == 3) for b in range(1, 5)]
+# What is compiled: (bits, digits of a level, half): all widths, some in bf16 and some in fp16.
+BUILDS = [(b, 0, b % 3 == 2) for b in range(1, 9)]
+BUILDS += [(b, 2, b == 3) for b in range(1, 5)] + [(b, 1, b == 2) for b in range(1, 5)]
 pytestmark = pytest.mark.skipif(not (GPU or shutil.which("g++")), reason="no nvcc and no g++")
 
 
@@ -43,11 +45,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @cache
-def library(bits: int, levels: bool, half: bool, folder: Path, terms: bool = False) -> Any:
+def library(bits: int, digits: int, half: bool, folder: Path, terms: bool = False) -> Any:
     if GPU:
-        return build.library(bits, levels, half, terms)
-    target = folder / f"{bits}{levels:d}{half:d}{terms:d}.so"
-    macros = [f"-DBITS={bits}", f"-DLEVELS={levels:d}", f"-DHALF={half:d}", f"-DTERMS={terms:d}"]
+        return build.library(bits, digits, half, terms)
+    target = folder / f"{bits}{digits}{half:d}{terms:d}.so"
+    macros = [f"-DBITS={bits}", f"-DLEVELS={digits}", f"-DHALF={half:d}", f"-DTERMS={terms:d}"]
     includes = [f"-I{HERE}", f"-I{Path(decode.__file__).parent}"]
     flags = ["-std=c++20", "-O0", "-w", "-shared", "-fPIC", *macros, *includes]
     command = ["g++", *flags, str(HERE / "host.cpp"), "-o", str(target)]
@@ -55,6 +57,20 @@ def library(bits: int, levels: bool, half: bool, folder: Path, terms: bool = Fal
     if done.returncode:
         pytest.skip(f"g++ could not build the emulation: {done.stderr[:200]}")
     return ctypes.CDLL(str(target))
+
+
+def coded(form: Form, digits: int, out: int, width: int) -> GroupInt | GroupLevels:
+    """A random code whose levels take so many digits, lopsided tables among them."""
+    code = group_code(form, out, width)
+    assert isinstance(code, GroupInt | GroupLevels)
+    if isinstance(code, GroupLevels) and digits == 1:
+        lean = torch.tensor([0.0, 0.8, -0.8])[: len(code.tables), None]
+        tables = byte_tables((code.tables.float() + lean).sort(1).values)
+        code = replace(code, tables=tables.half())
+    assert decode.level_digits(code) == digits
+    moved = code.to(DEVICE)
+    assert isinstance(moved, GroupInt | GroupLevels)
+    return moved
 
 
 def stream() -> int:
@@ -97,22 +113,24 @@ def usual(x: Tensor, weight: Tensor) -> float:
     scale=st.sampled_from([1.0, 1e-6, 1e4]),
 )
 def test_product_is_that_of_the_decoded_matrix(
-    folder: Path, built: tuple[int, bool, bool], out: int, row: int, unit: int, groups_of: int,
+    folder: Path, built: tuple[int, int, bool], out: int, row: int, unit: int, groups_of: int,
     n: int, scales: int | str, zeros: bool, shape: Shape, scale: float,
 ) -> None:  # fmt: skip
     """slab: x passes through shared memory in pieces."""
-    bits, levels, half = built
+    bits, digits, half = built
     if half:
         scale = 1.0
     low = decode.PLANES[bits][-1]
-    form = Form(bits, levels, unit * groups_of, 16 if scales == "powers" else int(scales), zeros)
-    code = group_code(form, out, row * unit * 8 // low)
-    assert isinstance(code, GroupInt | GroupLevels)
+    form = Form(
+        bits, digits > 0, unit * groups_of, 16 if scales == "powers" else int(scales), zeros
+    )
+    code = coded(form, digits, out, row * unit * 8 // low)
     if scales == "powers":
         exponents = torch.randint(-9, 0, (out, code.groups))
-        code = replace(code, stored_scales=power_scales(exponents, 3, torch.rand(out) + 0.1))
-    code = code.to(DEVICE)
-    assert isinstance(code, GroupInt | GroupLevels)
+        powers = power_scales(exponents, 3, torch.rand(out) + 0.1)
+        moved = replace(code.to("cpu"), stored_scales=powers).to(DEVICE)
+        assert isinstance(moved, GroupInt | GroupLevels)
+        code = moved
     assert decode.vector_bytes(code)
     x = (torch.randn(n, code.width) * scale).to(DEVICE, torch.float16 if half else torch.bfloat16)
     y = torch.full((n, out), torch.nan, dtype=x.dtype, device=DEVICE)
@@ -121,18 +139,18 @@ def test_product_is_that_of_the_decoded_matrix(
     assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
 
 
-@pytest.mark.parametrize("built", [(2, False, False), (3, False, False), (4, True, False)], ids=str)
+@pytest.mark.parametrize(
+    "built", [(2, 0, False), (3, 0, False), (4, 2, False), (4, 1, False), (2, 1, True)], ids=str
+)
 @pytest.mark.parametrize("scale_bits", [8, 6, 5])
 @pytest.mark.parametrize("group_size", [64, 128])
 def test_scales_that_are_read_four_at_once(
-    folder: Path, built: tuple[int, bool, bool], scale_bits: int, group_size: int
+    folder: Path, built: tuple[int, int, bool], scale_bits: int, group_size: int
 ) -> None:
     """Rows long enough for it: each group's scale must be its own."""
-    bits, levels, half = built
+    bits, digits, half = built
     width = 32 * group_size
-    code = group_code(Form(bits, levels, group_size, scale_bits, True), 21, width)
-    assert isinstance(code, GroupInt | GroupLevels)
-    code = code.to(DEVICE)
+    code = coded(Form(bits, digits > 0, group_size, scale_bits, True), digits, 21, width)
     x = torch.randn(2, width, device=DEVICE).to(torch.float16 if half else torch.bfloat16)
     weight = code.decode(torch.float64)
     for n in (1, 2):
@@ -141,14 +159,13 @@ def test_scales_that_are_read_four_at_once(
         assert error_in_roundings(y, exact, usual(x[:n], weight)) < 1.2
 
 
-@pytest.mark.parametrize("built", [(4, False, False), (3, True, True)], ids=str)
+@pytest.mark.parametrize("built", [(4, 0, False), (3, 2, True), (4, 1, False)], ids=str)
 def test_an_input_far_larger_than_its_neighbours_costs_them_little(
-    folder: Path, built: tuple[int, bool, bool]
+    folder: Path, built: tuple[int, int, bool]
 ) -> None:
     """Inputs keep 16 bits of the largest of their unit, whatever it is; infinity and NaN stay."""
-    bits, levels, half = built
-    code = group_code(Form(bits, levels, 128, 16, True), 48, 1024).to(DEVICE)
-    assert isinstance(code, GroupInt | GroupLevels)
+    bits, digits, half = built
+    code = coded(Form(bits, digits > 0, 128, 16, True), digits, 48, 1024)
     kernel = library(*built, folder)
     x = torch.randn(3, 1024)
     x[:, ::128] = 60.0
@@ -175,7 +192,7 @@ def test_little_shared_memory_is_enough(
     monkeypatch.setattr(decode, "_shared", lambda _: limit)
     code = group_code(Form(4, False, 32, 6, True), 90, 8192).to(DEVICE)
     assert isinstance(code, GroupInt)
-    kernel = library(4, False, False, folder)
+    kernel = library(4, 0, False, folder)
     used: list[int] = []
     shared = kernel.pliant_shared
     counting = SimpleNamespace(
@@ -192,12 +209,11 @@ def test_little_shared_memory_is_enough(
 
 @pytest.mark.parametrize("built", BUILDS, ids=str)
 def test_each_shape_that_may_be_chosen_gives_the_product(
-    folder: Path, built: tuple[int, bool, bool]
+    folder: Path, built: tuple[int, int, bool]
 ) -> None:
-    bits, levels, half = built
+    bits, digits, half = built
     kernel = library(*built, folder)
-    code = group_code(Form(bits, levels, 128, 16, True), 40, 1024).to(DEVICE)
-    assert isinstance(code, GroupInt | GroupLevels)
+    code = coded(Form(bits, digits > 0, 128, 16, True), digits, 40, 1024)
     weight = code.decode(torch.float64)
     for n in (1, 7):
         x = torch.randn(n, 1024, device=DEVICE).to(torch.float16 if half else torch.bfloat16)
@@ -212,13 +228,12 @@ def test_each_shape_that_may_be_chosen_gives_the_product(
 @pytest.mark.parametrize("built", BUILDS, ids=str)
 @pytest.mark.parametrize(("out", "width"), [(4096, 14336), (151936, 896), (28672, 8192)])
 def test_each_shape_that_may_be_chosen_fits_in_shared_memory(
-    folder: Path, built: tuple[int, bool, bool], out: int, width: int
+    folder: Path, built: tuple[int, int, bool], out: int, width: int
 ) -> None:
     """Codes of large layers, without their bytes, on an H100 and on a GPU with 99 KiB a block."""
-    bits, levels, _ = built
+    bits, digits, _ = built
     kernel = library(*built, folder)
-    small = group_code(Form(bits, levels, 128, 16, True), 1, width)
-    assert isinstance(small, GroupInt | GroupLevels)
+    small = coded(Form(bits, digits > 0, 128, 16, True), digits, 1, width)
     code = _taller(small, out)
     vec = decode.vector_bytes(small)
     assert vec
@@ -259,7 +274,7 @@ def test_a_product_is_tuned_on_the_gpu_that_is_there(
     code = group_code(Form(4, False, 128, 16, False), 2048, 2048).to(DEVICE)
     assert isinstance(code, GroupInt)
     x = torch.randn(1, 2048, device=DEVICE).bfloat16()
-    kernel = build.library(4, False, False, True)
+    kernel = build.library(4, 0, False, True)
     a, middle = torch.randn(2048, 11, device=DEVICE).half(), torch.randn(1, 11, device=DEVICE)
     for terms in (Terms(), Terms(a, middle)):
         shape = decode.choose_shape(code, 1, kernel, terms, x.dtype)
@@ -277,11 +292,10 @@ def test_a_product_is_tuned_on_the_gpu_that_is_there(
 @pytest.mark.parametrize("built", BUILDS, ids=str)
 @pytest.mark.parametrize(("scale_bits", "zeros"), [(16, False), (6, True)])
 def test_the_matrix_itself(
-    folder: Path, built: tuple[int, bool, bool], scale_bits: int, zeros: bool
+    folder: Path, built: tuple[int, int, bool], scale_bits: int, zeros: bool
 ) -> None:
-    bits, levels, half = built
-    code = group_code(Form(bits, levels, 32, scale_bits, zeros), 37, 768).to(DEVICE)
-    assert isinstance(code, GroupInt | GroupLevels)
+    bits, digits, half = built
+    code = coded(Form(bits, digits > 0, 32, scale_bits, zeros), digits, 37, 768)
     kernel = library(*built, folder)
     exact = code.decode(torch.float16 if half else torch.bfloat16)
     for rows in (slice(None), slice(5, 20), slice(7, 7)):
@@ -295,7 +309,7 @@ def test_other_terms_of_a_sum_are_added(folder: Path, n: int) -> None:
     torch.manual_seed(n)
     code = group_code(Form(3, False, 64, 16, False), 37, 1024).to(DEVICE)
     assert isinstance(code, GroupInt)
-    kernel = library(3, False, False, folder, True)
+    kernel = library(3, 0, False, folder, True)
     a, middle = torch.randn(37, 11, device=DEVICE).half(), torch.randn(n, 11, device=DEVICE)
     dense = torch.randn(37, 1024) * (torch.rand(37, 1024) < 0.03)
     sparse = Sparse.from_dense(dense.to(DEVICE))
@@ -319,7 +333,7 @@ def test_a_sum_is_one_product(
     if not GPU:
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        kernel = library(3, False, False, folder, True)
+        kernel = library(3, 0, False, folder, True)
         monkeypatch.setattr(build, "library", lambda *_: kernel)
         monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 2))
     low = LowRank(
@@ -332,6 +346,49 @@ def test_a_sum_is_one_product(
     y = gpu.total(x, code)
     exact = x.double() @ code.decode(torch.float32).double().t()
     assert error_in_roundings(y, exact) < 1.7  # the last part is added in x's dtype
+
+
+@pytest.mark.parametrize(
+    ("tables", "step"),
+    [
+        ([[-127, -3, 5, 127]], 1.0),
+        ([[-0.25, 0.0, 0.75, 31.75]], 0.25),
+        ([[-2.0, -1.0, 0.0, 8.0], [0.5, 0.5, 0.5, 0.5]], 0.5),
+        ([[0.0, 0.0, 0.0, 0.0]], 2.0**-24),
+        ([[-128, -3, 5, 127]], None),
+        ([[-1.0, -0.1, 0.1, 1.0]], None),
+        ([[-1.0, 0.0, 1.0, 100.0], [-1.0, 0.0, 0.25, 1.0]], None),
+        ([[-1.0, 0.0, 1.0, torch.inf]], None),
+        ([[*range(-100, -92), *range(8)]], 1.0),
+        ([[*range(8), *range(-100, -92)]], None),  # the lower half is above the upper one
+        ([[-127, *range(7), *range(7, 15)]], None),  # 133 steps within a half
+    ],
+)
+def test_which_tables_are_integers_of_a_digit(
+    tables: list[list[float]], step: float | None
+) -> None:
+    found = decode.integer_step(torch.tensor(tables).half())
+    assert found == step if step else found != found
+
+
+def test_a_stream_that_is_captured_takes_two_digits_unless_one_is_known_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = group_code(Form(2, True, 64, 16, False), 3, 128)
+    assert isinstance(code, GroupLevels)
+    code = replace(code, tables=byte_tables(code.tables.float().sort(1).values).half())
+    code = code.to(DEVICE)
+    assert isinstance(code, GroupLevels)
+    x = torch.randn(1, 128, device=DEVICE).bfloat16()
+    capturing = [True]
+    with monkeypatch.context() as faked:
+        faked.setattr(torch.Tensor, "is_cuda", True)
+        faked.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+        for capturing[0], digits in ((True, 2), (False, 1), (True, 1)):
+            assert decode.level_digits(code) == digits
+            y = decode.multiply(x, code, library(2, digits, False, folder), stream())
+            weight = code.decode(torch.float64)
+            assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pliant.kernels import gpu
 from pliant.kernels.cuda import build, decode, shapes, tuning
 from pliant.kernels.cuda.decode import Shape, choose_shape
 from pliant.kernels.cuda.shapes import Case, Gpu, candidates, formula, parse, shipped, written
+from pliant.methods.levels import byte_tables
 from tests.kernels.group_codes import Form, group_code
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132)
@@ -27,9 +28,11 @@ CASE = Case("integers", 4, 4096, 4096)
 LIBRARY = SimpleNamespace(pliant_warps=lambda loads, tiles: 8 if tiles else 16)
 
 
-def code_of(out: int = 1024, width: int = 2048, bits: int = 4, levels: bool = False) -> Any:
-    code = group_code(Form(bits, levels, 128, 16, False), out, width)
+def code_of(out: int = 1024, width: int = 2048, bits: int = 4, digits: int = 0) -> Any:
+    code = group_code(Form(bits, digits > 0, 128, 16, False), out, width)
     assert isinstance(code, GroupInt | GroupLevels)
+    if digits == 1:
+        return replace(code, tables=byte_tables(code.tables.float().sort(1).values).half())
     return code
 
 
@@ -75,6 +78,12 @@ def test_candidates_are_distinct_shapes_of_the_kernel(kind: str, bits: int, most
             assert parse(written(shape)) == shape
             assert 1 <= shape.warps <= most
             assert 1 <= shape.row_tiles <= max(1, -(-out // 16))
+
+
+@pytest.mark.parametrize("digits", [0, 1, 2])
+def test_codes_of_other_digits_are_other_products(digits: int) -> None:
+    kind = Case.of(code_of(64, 512, digits=digits), 1).kind
+    assert kind == ("integers", "levels one digit", "levels")[digits]
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -131,9 +140,21 @@ def test_near_products_take_what_was_measured_and_others_nothing() -> None:
         replace(tall, kind="signs"),
     ):  # fmt: skip
         assert table.shape(other, H100) is None
-    assert table.shape(replace(tall, kind="levels one digit"), H100) is not None
     assert table.shape(tall, SMALL) is None
     assert table.shape(tall, replace(H100, multiprocessors=114)) is None
+
+
+def test_levels_of_one_digit_take_their_own_shapes_and_until_measured_those_of_two() -> None:
+    tall = Case("levels", 2, 14336, 4096)
+    one = replace(tall, kind="levels one digit")
+    assert shipped().shape(one, H100) == shipped().shape(tall, H100) != formula(one, 132)
+    times = dict.fromkeys(candidates(one, 132), 9.0)
+    best = Shape(16, 7)
+    assert best in times
+    own = shapes.Measured(one, 132, H100.capability, times | {best: 4.0})
+    table = shapes.Table((*shipped().rows, own))
+    assert table.shape(one, H100) == best
+    assert table.shape(tall, H100) == shipped().shape(tall, H100) != best
 
 
 def test_near_products_outvote_a_farther_one_and_noise_is_not_followed() -> None:
@@ -348,8 +369,10 @@ def test_measurements_become_the_data_file(script: Any, tmp_path: Path) -> None:
     """Both forms of a row; what was there of another GPU, or of another product, stays."""
     about = {"device": "some GPU", "capability": [10, 0], "multiprocessors": 148}
     tried = {"8/2/0/0": 7.0, "16/2/2/0": 6.0}
+    one = Case("levels one digit", 3, 512, 1024)
     rows = {
         "decode int4 4096x4096": {"us": 6.0, "case": asdict(CASE), "tried": tried},
+        "decode levels3 512x1024 again": {"us": 6.0, "case": asdict(one), "tried": tried},
         "decode levels3 512x1024": {
             "us": 5.0, "how": "8 warps, 1 tiles, 0 deep, 2 loads", "next": "4/1/0/0=4.9; 8/1/2/0=8",
         },
@@ -364,5 +387,6 @@ def test_measurements_become_the_data_file(script: Any, tmp_path: Path) -> None:
     here = Gpu("", (10, 0), 148)
     assert table.shape(CASE, here) == Shape(16, 2, 2, 0)
     assert table.shape(Case("levels", 3, 512, 1024), here) == Shape(8, 1, 0, 2)
-    assert len(table.rows) == len(shipped().rows) + 2
+    assert table.shape(one, here) == Shape(16, 2, 2, 0)
+    assert len(table.rows) == len(shipped().rows) + 3
     assert "formula: geometric mean" in script.compare(table, table)

@@ -7,10 +7,18 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pliant.errors import PliantError
-from pliant.methods.levels import LevelGrid, fit_levels, integer_levels, minifloat_levels
+from pliant.methods.levels import (
+    LevelGrid,
+    byte_tables,
+    fit_levels,
+    integer_levels,
+    minifloat_levels,
+)
 
 torch.set_num_threads(1)
 
@@ -176,3 +184,31 @@ def test_constant_weights_are_finite_and_near(value: float, scaling) -> None:
 def test_an_unknown_scaling_is_refused() -> None:
     with pytest.raises(PliantError, match="scaling"):
         fit_levels(heavy(), TABLES, 16, scaling="none")  # type: ignore[arg-type]
+
+
+@given(
+    count=st.integers(1, 4),
+    bits=st.integers(1, 5),
+    lean=st.floats(-3, 3),
+    size=st.sampled_from([1e-4, 1.0, 300.0]),
+    seed=st.integers(0, 100),
+)
+def test_byte_tables_are_8_bit_integers_in_the_shape_of_those_given(
+    count: int, bits: int, lean: float, size: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    original = (torch.randn(count, 2**bits, generator=generator) + lean).sort(1).values * size
+    tables = byte_tables(original)
+    assert torch.equal(tables, tables.half().float())
+    whole = tables * 128
+    assert torch.equal(whole, whole.round())
+    assert whole.abs().max() <= 127
+    assert (whole.diff(dim=1) >= 0).all()
+    assert (whole[:, 0] < 0).all()
+    assert (whole[:, -1] > 0).all()
+    for table, wanted in zip(whole, original, strict=True):
+        if wanted[0] < 0 < wanted[-1]:
+            halves = table.view(2, -1)
+            assert (halves[:, -1] - halves[:, 0]).max() <= 127
+            unit = (table @ wanted) / (wanted @ wanted)
+            assert (table - unit * wanted).abs().max() <= 1.1

@@ -8,7 +8,9 @@ import torch
 from pliant.codes import GroupLevels
 from pliant.codes.packing import packed_nbytes
 from pliant.errors import PliantError
+from pliant.kernels.cuda.decode import level_digits
 from pliant.methods import find
+from pliant.methods.latent import latent_of
 from pliant.methods.levels import fit_levels
 from pliant.methods.numerics import weighted_error
 from pliant.methods.quantize.shared_levels import first_tables, learn_tables, shared_levels
@@ -66,6 +68,37 @@ def test_bytes_are_indices_selectors_scales_and_tables() -> None:
         packed_nbytes(24, 70, 3) + packed_nbytes(24, groups, 2)
         + packed_nbytes(24, groups, 6) + 2 * 24 + 2 * 4 * 8
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_levels_are_of_one_digit_and_stay_so_when_trained(bits: int) -> None:
+    weight, statistics = problem(out=32, width=128)
+    lopsided = weight + 2 * weight.square()
+    code = shared_levels(lopsided, statistics, bits=bits)
+    assert level_digits(code) == 1
+    latent = latent_of(code, lopsided)
+    assert latent is not None
+    with torch.no_grad():
+        latent.position += 0.3 * torch.randn_like(latent.position)
+        latent.log_scale += 0.1
+    trained = latent.encode()
+    assert isinstance(trained, GroupLevels)
+    assert not torch.equal(trained.indices(), code.indices())
+    assert torch.equal(trained.tables, code.tables)
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 1.003), (3, 1.006), (4, 1.02)])
+def test_whole_levels_cost_little(bits: int, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against levels of fp16, learned alike."""
+    generator = torch.Generator().manual_seed(5)
+    weight = torch.randn(256, 512, generator=generator)
+    weight = weight + 0.2 * weight.square()
+    losses = []
+    for whole in (4, 0):
+        monkeypatch.setattr("pliant.methods.quantize.shared_levels._BYTE_BITS", whole)
+        tables = learn_tables(weight, None, bits, 64, 4, 6)
+        losses.append(float(fit_levels(weight, tables, 64).loss))
+    assert losses[0] < most * losses[1]
 
 
 def test_feedback_lowers_the_error_at_the_outputs() -> None:

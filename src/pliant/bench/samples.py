@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pliant.codes import Code, Dense, GroupInt, GroupLevels, GroupScales, LowRank, Sum
 from pliant.codes.packing import PLANES, plane_bytes
+from pliant.methods.levels import byte_tables
 
 Sample = Callable[[int, int], Code]
 
@@ -27,11 +28,11 @@ def group_int(out: int, width: int, bits: int = 4, zeros: bool = True) -> GroupI
 
 
 def group_levels(out: int, width: int, bits: int) -> GroupLevels:
-    """Groups of 64 with scales of 6 bits, each group one of four tables of levels."""
+    """Groups of 64 with scales of 6 bits, each group one of four tables of 8-bit levels."""
     group = min(GROUP, width)
     groups = -(-width // group)
     scales = GroupScales(_planes(out, groups, 6), _scales(out, 1)[:, 0], 6, groups)
-    tables = torch.randn(4, 2**bits).sort(1).values.half()
+    tables = byte_tables(torch.randn(4, 2**bits).sort(1).values).half()
     return GroupLevels(
         _planes(out, width, bits), scales, tables, _planes(out, groups, 2), width, bits, group
     )

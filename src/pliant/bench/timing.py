@@ -60,7 +60,8 @@ def _time_in_graph(codes: list[Code], x: Tensor, seconds: float) -> float:
     """Of x times one of `codes`: all of them one after the other in one CUDA graph."""
     graph = torch.cuda.CUDAGraph()
     with aside(x.device) as stream:
-        matmul(x, codes[0])  # compiles
+        for code in codes:  # compiles; finds out what a code is, for which the GPU is waited for
+            matmul(x, code)
         with torch.cuda.graph(graph, stream=stream):
             for code in codes:
                 matmul(x, code)

@@ -50,6 +50,7 @@ from pliant.kernels.cuda.decode import (
     Terms,
     choose_shape,
     expand,
+    level_digits,
     multiply,
     sparse_terms,
     vector_bytes,
@@ -247,8 +248,7 @@ def _library(x: Tensor, code: GroupInt | GroupLevels, terms: bool = False) -> An
         return None
     if not vector_bytes(code):
         return None
-    levels = isinstance(code, GroupLevels)
-    return build.library(code.bit_width, levels, x.dtype == torch.float16, terms)
+    return build.library(code.bit_width, level_digits(code), x.dtype == torch.float16, terms)
 
 
 def _aligned(x: Tensor) -> Tensor:

@@ -161,6 +161,27 @@ def stored_tables(tables: Tensor) -> Tensor:
     return tables.half().float().sort(1).values
 
 
+def byte_tables(tables: Tensor) -> Tensor:
+    """Rising levels scaled and rounded to integers of at most 127 in magnitude, over 128.
+
+    For tables that are free to choose their unit, since groups' scales make up for it. Exact in
+    fp16, and a kernel multiplies such a level as one 8-bit integer. Levels stay on both sides of
+    zero, and those of either half of a table within 127 units of each other.
+    """
+    whole = (byte_scaled(tables) * 128).round()
+    whole[:, 0].clamp_(max=-1)
+    whole[:, -1].clamp_(min=1)
+    return whole / 128
+
+
+def byte_scaled(tables: Tensor) -> Tensor:
+    """Tables [tables, levels] times what `byte_tables` scales each with."""
+    halves = tables.reshape(len(tables), 2, -1)
+    apart = (halves[..., -1] - halves[..., 0]).amax(1, keepdim=True) * (127 / 126)  # and rounding
+    reach = torch.maximum(tables.abs().amax(1, keepdim=True), apart)
+    return tables * (127 / 128 / reach.clamp_min(TINY))
+
+
 def _search(
     groups: Tensor, tables: Tensor, importance: Tensor, bits: int, clip: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,11 +32,11 @@ def compiler() -> str | None:
 
 
 @cache
-def library(bits: int, levels: bool, half: bool, terms: bool = False) -> ctypes.CDLL | None:
+def library(bits: int, digits: int, half: bool, terms: bool = False) -> ctypes.CDLL | None:
     """The decode kernel of one width; None, with a line in the log, where it cannot be built.
 
-    levels: for GroupLevels instead of GroupInt. half: x is fp16 instead of bf16. terms: it also
-    adds what `Terms` holds.
+    digits: of a level, `decode.level_digits`; 0 for GroupInt. half: x is fp16 instead of bf16.
+    terms: it also adds what `Terms` holds.
     """
     nvcc = compiler()
     if nvcc is None:
@@ -47,7 +47,7 @@ def library(bits: int, levels: bool, half: bool, terms: bool = False) -> ctypes.
         _say_once("the CUDA kernels need compute capability 8.0 or more")
         return None
     try:
-        macros = {"BITS": bits, "LEVELS": levels, "HALF": half, "TERMS": terms}
+        macros = {"BITS": bits, "LEVELS": digits, "HALF": half, "TERMS": terms}
         return ctypes.CDLL(str(compiled(nvcc, macros, f"{major}{minor}")))
     except (OSError, subprocess.SubprocessError) as error:
         _say_once(f"nvcc could not build the decode kernel ({error}): using the Triton kernels")

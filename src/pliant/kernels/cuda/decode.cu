@@ -16,8 +16,13 @@
 // all columns but their own, so that up to four units share an accumulator and one tail (conversion,
 // scale, sum). Several rows of x take four rows a tile of columns.
 //
-// Levels are two signed 8-bit digits of the table's largest / 32639, picked by byte permutes, four
-// weights at once, and two mma.
+// Levels are picked by byte permutes, four weights at once: as two signed 8-bit digits of the table's
+// largest / 32639, and two mma; or, where all levels of the code are 8-bit integers times one power
+// of two, as one. A table of 16 is then two of 8: a permute gives the sign of what its low three bits
+// pick where the fourth is set, so if all of the lower half are negative and none of the upper one
+// is, permutes of the two, the fourth bit flipped for the other, add up to the level: two mma, no
+// choice between halves. Each table is moved by a "middle" for that, which the sum of x's digits
+// makes up for as for a zero point.
 //
 // A block takes several tiles of 16 rows and splits their chunks evenly among its warps. cp.async
 // brings chunks into a ring in shared memory, a lane its own bytes. The ring is filled, scales are
@@ -26,8 +31,8 @@
 // Ideas: FasterTransformer / "Who says elephants can't run" (weights to the tensor core in
 // registers), Marlin (cp.async rings for a few rows of x), "I-BERT" (integer sums, one scale).
 //
-// Compiled once for each BITS (1 to 8), LEVELS (0, 1), HALF (x is fp16, else bf16) and TERMS (1: with
-// the other terms of a sum).
+// Compiled once for each BITS (1 to 8), LEVELS (digits of a level; 0: integers), HALF (x is fp16,
+// else bf16) and TERMS (1: with the other terms of a sum).
 
 #ifdef PLIANT_EMULATE
 #include "emulate.h"
@@ -79,17 +84,21 @@ struct Args {
   int32_t slab;       // chunks of x in shared memory at once
   int32_t rank, factor_bf16, projection_bf16;
   int32_t late;  // wait for the previous kernel only before the low-rank term
+  float level_step;  // what levels of one digit are integers of
 };
 
 constexpr int kLow = BITS == 8 ? 8 : (BITS & 1) ? 1 : (BITS & 2) ? 2 : 4;  // narrowest plane
 constexpr int kSlices = 8 / kLow;
 constexpr int kSegments = BITS / kLow;  // places read for a chunk, all planes together
 constexpr int kPlaneCount = BITS == 8 ? 1 : (BITS & 1) + ((BITS >> 1) & 1) + (BITS >> 2);
-constexpr int kDigits = LEVELS ? 2 : 1;           // of a weight
+constexpr int kDigits = LEVELS ? LEVELS : 1;      // of a weight
+constexpr bool kHalves = LEVELS == 1 && BITS == 4;  // a digit is a sum of two permutes
+constexpr int kParts = kHalves ? 2 : kDigits;     // mma for the same weights
 constexpr int kLargest = 127 * 256 + 127;         // that two signed digits hold
 constexpr int kEntries = BITS <= 3 ? 8 : 16;      // of a digit of a table
 constexpr int kTableWords = kEntries / 4;
-constexpr float kMiddle = LEVELS ? 1.0f : BITS == 1 ? 0.5f : 1 << (BITS - 1);  // zero point
+constexpr int kTableBytes = kDigits * kEntries;
+constexpr float kMiddle = LEVELS ? -1.0f : BITS == 1 ? 0.5f : 1 << (BITS - 1);  // zero point
 
 __host__ __device__ constexpr int plane_width(int i) {  // 8 | 4, 2, 1: the widest comes first
   if (BITS == 8) return 8;
@@ -314,23 +323,44 @@ __device__ __forceinline__ uint32_t weights_of(const uint32_t (&words)[kSegments
   return v;
 }
 
+// The low or high nibbles of words i and i + 1, of each byte one beside the other.
+template <int WORDS>
+__device__ __forceinline__ uint32_t nibbles_of(const uint32_t (&words)[WORDS], int i, int high) {
+  return high ? either(0x0F0F0F0Fu, words[i] >> 4, words[i + 1])
+              : either(0x0F0F0F0Fu, words[i], words[i + 1] << 4);
+}
+
 // Selectors of two bytes' or four bytes' levels: nibbles of words i (low) and i + 1 (high), or of
 // one word alone, its bytes 0, 1, 2, 3 in the low half.
 template <int WORDS>
 __device__ __forceinline__ uint32_t selectors_of(const uint32_t (&words)[kSegments][WORDS], int slice,
                                                  int i) {
-  if constexpr (WORDS > 1 && BITS == 4)
-    return slice == 0 ? either(0x0F0F0F0Fu, words[0][i], words[0][i + 1] << 4)
-                      : either(0x0F0F0F0Fu, words[0][i] >> 4, words[0][i + 1]);
-  const uint32_t low = weights_of(words, slice, i, 0);
-  if constexpr (WORDS > 1) return weights_of(words, slice, i + 1, 4, low);
-  return permute(low | low >> 4, 0, 0x0020);
+  if constexpr (WORDS > 1) {
+    // Nibbles of both words first: what several slices need of them is then made once.
+    constexpr int kWidest = plane_width(0), kRatio = kWidest / kLow;
+    const int field = slice / kRatio * kWidest;
+    const uint32_t widest = shifted(nibbles_of(words[slice % kRatio], i, field / 4), field % 4);
+    if constexpr (BITS == 4) return widest;
+    if constexpr (BITS < 3) return widest & ((1 << BITS) - 1) * 0x11111111u;
+    // Every other bit of the narrow plane, so that none is beside the one that is wanted.
+    const uint32_t others = slice % 2 ? 0xAAAAAAAAu : 0x55555555u;
+    const uint32_t narrow = nibbles_of(words[plane_first(1)], i, slice / 4) & others;
+    return either(0x33333333u, widest, shifted(narrow, slice % 4 - 2));
+  } else {
+    const uint32_t low = weights_of(words, slice, i, 0);
+    return permute(low | low >> 4, 0, 0x0020);
+  }
 }
 
 // Signed digits of the levels that the low four nibbles select. table: kTableWords words.
 __device__ __forceinline__ uint32_t digits_of(const uint32_t* table, uint32_t select, uint32_t half) {
   if constexpr (BITS < 4) return permute(table[0], table[1], select);
   return permute(permute(table[0], table[1], select), permute(table[2], table[3], select), half);
+}
+
+// Of kHalves, one: bytes of it where the nibbles' fourth bit is zero, else their signs.
+__device__ __forceinline__ uint32_t half_of(const uint32_t* table, int upper, uint32_t select) {
+  return permute(table[2 * upper], table[2 * upper + 1], select);
 }
 
 // The nearest value that two signed digits hold, as 128 more than it in the low 16 bits.
@@ -446,7 +476,7 @@ __host__ __device__ inline Layout layout_of(const Args& a, int vec, int loads, i
   l.steps = take(units * a.n * 8);
   l.scales = take(rows * l.scale_stride * 4);
   l.extra = take(a.zero_planes[0] ? rows * l.scale_stride * 4 : 0);
-  l.tables = take(LEVELS ? a.table_count * (2 * kEntries + 4) : 0);
+  l.tables = take(LEVELS ? a.table_count * (kTableBytes + 4) : 0);
   l.partial = take(warps * rows * a.n * 4);
   l.factor = take(TERMS && a.factor ? rows * a.rank * 2 : 0);
   l.middle = take(TERMS && a.factor ? a.n * a.rank * 4 : 0);
@@ -455,8 +485,15 @@ __host__ __device__ inline Layout layout_of(const Args& a, int vec, int loads, i
   return l;
 }
 
+// What `extra` says of a table: its offset; and its middle, an integer of at most 128, whose bits as a
+// float leave the lower half free.
+__device__ __forceinline__ float about_table(int table, const float* beside) {
+  const uint32_t middle = kHalves ? __float_as_uint(beside[table]) : 0;
+  return __uint_as_float(middle | static_cast<uint32_t>(table * kTableBytes));
+}
+
 // Scales of the block's rows for the units of a slab; and of their zero points how much they are
-// more than the middle one, over the middle one, or the offsets of their tables.
+// more than the middle one, over the middle one, or `about_table`.
 template <int UNIT>
 __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout, uint8_t* shared,
                                              int first_row, int rows, int begin, int count, int bytes) {
@@ -464,7 +501,7 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
   float* extra = reinterpret_cast<float*>(shared + layout.extra);
   const int units = kSlices * count;
   const bool whole = count * UNIT == bytes;  // then units are neighbours in memory
-  const float* steps = reinterpret_cast<const float*>(shared + layout.tables + a.table_count * 2 * kEntries);
+  const float* beside = reinterpret_cast<const float*>(shared + layout.tables + a.table_count * kTableBytes);
   if (a.scale_kind == 0 && !a.zero_planes[0] && whole &&
       reinterpret_cast<uintptr_t>(a.scale_planes[0]) % 16 == 0) {
     // Eight neighbours at once, each for the units of its group.
@@ -484,7 +521,7 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         float scale = half_float(w[j / 2] >> (j % 2 * 16) & 0xffff);
-        if constexpr (LEVELS != 0) scale *= steps[0];
+        if constexpr (LEVELS == 2) scale *= beside[0];
         float* to = scales + row * layout.scale_stride;
         if (i + j < values)
           for (int u = group * of_group; u < min((group + 1) * of_group, units); u++) to[u] = scale;
@@ -494,29 +531,31 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
     return;
   }
   const int padded = (rows + 15) / 16 * 16;  // rows that are not there as the last one
-  const int beside = LEVELS ? a.selector_bits : a.zero_planes[0] ? BITS : 0;
+  const int extra_bits = LEVELS ? a.selector_bits : a.zero_planes[0] ? BITS : 0;
   if (whole && a.scale_kind != 0 && in_fours(a.scale_planes, a.scale_bits, a.groups) &&
-      (!beside || in_fours(a.zero_planes, beside, a.groups))) {
+      (!extra_bits || in_fours(a.zero_planes, extra_bits, a.groups))) {
     const int fours = a.groups / 4, of_group = a.group_size / UNIT;
 #pragma unroll 2
     for (int i = threadIdx.x; i < padded * fours; i += blockDim.x) {
       const int row = i / fours, group = (i - row * fours) * 4;
       const int64_t from = first_row + min(row, rows - 1);
       const uint32_t q = packed_four(a.scale_planes, a.scale_bits, from, group, a.groups);
-      const uint32_t chosen = beside ? packed_four(a.zero_planes, beside, from, group, a.groups) : 0;
+      const uint32_t chosen =
+          extra_bits ? packed_four(a.zero_planes, extra_bits, from, group, a.groups) : 0;
       const float factor = a.row_scale ? half_float(a.row_scale[from]) : 1.0f;
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         const int other = chosen >> (8 * j) & 0xff;
         float scale = integer_scale(a, q >> (8 * j) & 0xff, factor), more;
+        if constexpr (LEVELS == 2) scale *= beside[other];
         if constexpr (LEVELS != 0)
-          scale *= steps[other], more = __int_as_float(other * 2 * kEntries);
+          more = about_table(other, beside);
         else
           more = other / kMiddle - 1.0f;
         const int place = row * layout.scale_stride;
         for (int u = (group + j) * of_group; u < min((group + j + 1) * of_group, units); u++) {
           scales[place + u] = scale;
-          if (beside) extra[place + u] = more;
+          if (extra_bits) extra[place + u] = more;
         }
       }
     }
@@ -534,9 +573,9 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
       int chosen = 0;
       if (a.selector_bits) {
         chosen = packed_value(a.zero_planes, a.selector_bits, from, group, a.groups);
-        extra[place] = __int_as_float(chosen * 2 * kEntries);
+        extra[place] = about_table(chosen, beside);
       }
-      scale *= steps[chosen];
+      if constexpr (LEVELS == 2) scale *= beside[chosen];
     } else if (a.zero_planes[0]) {
       extra[place] = packed_value(a.zero_planes, BITS, from, group, a.groups) / kMiddle - 1.0f;
     }
@@ -544,27 +583,41 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
   }
 }
 
-// Tables as digits, high ones first, and what a unit of their digits is.
+// Tables as digits, high ones first, and beside them what a unit of their digits is, or their middles.
 __device__ __forceinline__ void stage_tables(const Args& a, uint8_t* tables) {
-  float* steps = reinterpret_cast<float*>(tables + a.table_count * 2 * kEntries);
+  float* beside = reinterpret_cast<float*>(tables + a.table_count * kTableBytes);
   for (int i = threadIdx.x; i < a.table_count; i += blockDim.x) {
     const uint16_t* levels = a.tables + (i << BITS);
+    uint8_t* to = tables + i * kTableBytes;
+    if constexpr (LEVELS == 1) {
+      int digit[kEntries], middle = -256;
+#pragma unroll
+      for (int q = 0; q < kEntries; q++) {
+        digit[q] = q < 1 << BITS ? static_cast<int>(half_float(levels[q]) / a.level_step) : 0;
+        middle = max(middle, q < kEntries / 2 ? digit[q] + 1 : digit[q] - 126);
+      }
+#pragma unroll
+      for (int q = 0; q < kEntries; q++)
+        to[q] = digit[q] - (!kHalves ? 0 : q < kEntries / 2 ? middle : middle - 1);
+      beside[i] = middle;
+      continue;
+    }
     float most = 0.0f;
     for (int q = 0; q < 1 << BITS; q++) most = fmaxf(most, fabsf(half_float(levels[q])));
     const float step = step_of(most);
-    steps[i] = step;
+    beside[i] = step;
     for (int q = 0; q < kEntries; q++) {
       const uint32_t v =
           q < 1 << BITS ? fixed_point(half_float(levels[q]), 1.0f / step) : kFixedZero;
-      tables[i * 2 * kEntries + q] = v >> 8 & 0xff;
-      tables[i * 2 * kEntries + kEntries + q] = (v & 0xff) ^ 0x80;
+      to[q] = v >> 8 & 0xff;
+      to[kEntries + q] = (v & 0xff) ^ 0x80;
     }
   }
 }
 
 // x of a slab as digits, [unit][load][row of x, digit][4 * VEC inputs], and of each unit and row of
-// x: its step u (over 2**place of the slice), and minus the middle zero point times u times the sum
-// of its digits.
+// x: its step u (over 2**place of the slice; times the levels'), and minus the middle zero point times
+// u times the sum of its digits (of levels: times minus one).
 template <int VEC, int LOADS>
 __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uint8_t* shared, int begin,
                                         int count, int bytes) {
@@ -645,9 +698,10 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
         *reinterpret_cast<uint4*>(to + kLoad) = make_uint4(low[0], low[1], low[2], low[3]);
         if (i % kTeam == 0) {
           const uint32_t place_in_byte = place_of(unit / a.slab);
+          const float of_level = LEVELS == 1 ? step * a.level_step : step;
           steps[unit * a.n + column] =
-              make_float2(step * __uint_as_float((127 - place_in_byte) << 23),
-                          -kMiddle * step * static_cast<float>(static_cast<int32_t>(sum)));
+              make_float2(of_level * __uint_as_float((127 - place_in_byte) << 23),
+                          -kMiddle * of_level * static_cast<float>(static_cast<int32_t>(sum)));
         }
       }
     }
@@ -684,10 +738,20 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   float total[kTiles][2] = {};
   uint32_t table[2][kDigits][kTableWords];  // of the rows `quad` and `quad + 8`
   auto take_table = [&](int h, int at) {
+    if constexpr (kTableBytes == 8) {
+      const uint2 v = *reinterpret_cast<const uint2*>(tables + at);
+      table[h][0][0] = v.x, table[h][0][1] = v.y;
+    } else {
 #pragma unroll
-    for (int i = 0; i < kDigits * kTableWords; i++)
-      table[h][i / kTableWords][i % kTableWords] = reinterpret_cast<const uint32_t*>(tables + at)[i];
+      for (int i = 0; i < kDigits * kTableWords; i += 4) {
+        const uint4 v = reinterpret_cast<const uint4*>(tables + at)[i / 4];
+        const uint32_t four[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) table[h][(i + j) / kTableWords][(i + j) % kTableWords] = four[j];
+      }
+    }
   };
+  float only_middle = 0.0f;  // of one table
   uint4 kept[kTogether];  // digits of x; zero but in a slice's own columns
   if constexpr (TILES == 0)
 #pragma unroll
@@ -747,6 +811,8 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
         __syncthreads();
         take_table(0, 0);
         take_table(1, 0);
+        if constexpr (kHalves)
+          only_middle = reinterpret_cast<const float*>(tables + a.table_count * kTableBytes)[0];
       }
       if (TERMS && a.factor) {
         const uint16_t* own = a.factor + static_cast<int64_t>(first_row) * a.rank;
@@ -837,7 +903,8 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
           if (LEVELS && a.selector_bits)
 #pragma unroll
             for (int h = 0; h < 2; h++)
-              take_table(h, shared_at<int>(shared, at_scales + to_extra + h * below + (slice - sums_of) * a.slab * 4));
+              take_table(h, shared_at<uint16_t>(shared, at_scales + to_extra + h * below +
+                                                            (slice - sums_of) * a.slab * 4));
 #pragma unroll
           for (int l = 0; l < LOADS; l++) {
             uint32_t b[kTiles][4];
@@ -859,11 +926,14 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
             }
             if constexpr (kWords == 1) {
 #pragma unroll
-              for (int d = 0; d < kDigits; d++) {
+              for (int d = 0; d < kParts; d++) {
                 uint32_t w[2];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                  if constexpr (LEVELS != 0) {
+                  if constexpr (kHalves) {
+                    const uint32_t select = selectors_of(words[l][h], slice, 0);
+                    w[h] = half_of(table[h][0], d, d ? select ^ 0x8888 : select);
+                  } else if constexpr (LEVELS != 0) {
                     const uint32_t select = selectors_of(words[l][h], slice, 0);
                     w[h] = digits_of(table[h][d], select & 0x7777, select >> 1 & 0x4444 | 0x3210);
                   } else {
@@ -871,15 +941,24 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                   }
                 }
 #pragma unroll
-                for (int n = 0; n < kTiles; n++) multiply(sums[d][j % kChains * kTiles + n], w[0], w[1], b[n][0]);
+                for (int n = 0; n < kTiles; n++)
+                  multiply(sums[kHalves ? 0 : d][(kHalves ? d : j) % kChains * kTiles + n], w[0], w[1],
+                           b[n][0]);
               }
             } else {
 #pragma unroll
               for (int i = 0; i < kWords; i += 2) {
-                uint32_t w[kDigits][4];
+                uint32_t w[kParts][4];
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                  if constexpr (LEVELS != 0) {
+                  if constexpr (kHalves) {
+                    const uint32_t select = selectors_of(words[l][h], slice, i);
+                    const uint32_t other = select ^ 0x88888888u;
+                    w[0][h] = half_of(table[h][0], 0, select);
+                    w[0][h + 2] = half_of(table[h][0], 0, select >> 16);
+                    w[1][h] = half_of(table[h][0], 1, other);
+                    w[1][h + 2] = half_of(table[h][0], 1, other >> 16);
+                  } else if constexpr (LEVELS != 0) {
                     const uint32_t select = selectors_of(words[l][h], slice, i);
                     const uint32_t low = BITS < 4 ? select : select & 0x77777777u;
                     const uint32_t half = select >> 1 & 0x44444444u | 0x32103210u;
@@ -894,11 +973,11 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
                   }
                 }
 #pragma unroll
-                for (int d = 0; d < kDigits; d++)
+                for (int d = 0; d < kParts; d++)
 #pragma unroll
                   for (int n = 0; n < kTiles; n++)
-                    multiply(sums[d][i / 2 % kChains * kTiles + n], w[d][0], w[d][1], w[d][2], w[d][3],
-                             b[n][i], b[n][i + 1]);
+                    multiply(sums[kHalves ? 0 : d][(kHalves ? d : i / 2) % kChains * kTiles + n], w[d][0],
+                             w[d][1], w[d][2], w[d][3], b[n][i], b[n][i + 1]);
               }
             }
           }
@@ -919,12 +998,21 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
 #pragma unroll
           for (int h = 0; h < 2; h++) {
             v[h] = static_cast<float>(sums[0][n][2 * h] * 256 + sums[0][n][2 * h + 1]);
-            if constexpr (LEVELS != 0)
+            if constexpr (LEVELS == 2)
               v[h] = step.x * fmaf(v[h], 256.0f,
                                    static_cast<float>(sums[kDigits - 1][n][2 * h] * 256 +
                                                       sums[kDigits - 1][n][2 * h + 1]));
-            else
+            else if constexpr (LEVELS == 0)
               v[h] = fmaf(v[h], step.x, step.y);
+            else
+              v[h] *= step.x;
+            if constexpr (kHalves) {
+              float middle = only_middle;
+              if (a.selector_bits)
+                middle = __uint_as_float(
+                    shared_at<uint32_t>(shared, here + to_extra + h * below) & 0xffff0000u);
+              v[h] = fmaf(middle, step.y, v[h]);
+            }
           }
           if (!LEVELS && zeros)
 #pragma unroll
@@ -1112,7 +1200,7 @@ __global__ void __launch_bounds__(256) project(const uint16_t* x, const uint16_t
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
 __global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
-                                  TERMS && !TILES && !LEVELS && kSegments * LOADS <= 3 ? 2 : 1)
+                                  TERMS && !TILES && LEVELS < 2 && kSegments * LOADS <= 3 ? 2 : 1)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
   decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);

@@ -44,6 +44,7 @@ class _Args(ctypes.Structure):
                 *("rank", "factor_bf16", "projection_bf16", "late"),
             )
         ),
+        ("level_step", ctypes.c_float),
     ]
 
 
@@ -120,13 +121,15 @@ def multiply(
 ) -> Tensor:
     """x times the transpose of `code` and of `terms`, [n, out] in x.dtype. `vector_bytes` > 0.
 
-    library: `build.library` of the code's form, with terms where there are any.
+    library: `build.library` of the code's form and digits, with terms where there are any.
     """
     n, out = x.shape[0], code.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device) if y is None else y
     vec = vector_bytes(code)
     args = _Args.from_buffer_copy(_stored(code))
     args.x, args.y, args.n, args.y_stride = x.data_ptr(), y.data_ptr(), n, y.stride(0)
+    if isinstance(code, GroupLevels):
+        args.level_step = _level_step(code)  # NaN shows in a product of the wrong library
     if terms.factor is not None and terms.middle is not None:
         args.factor, args.middle = terms.factor.data_ptr(), terms.middle.data_ptr()
         args.rank, args.late = terms.factor.shape[1], terms.late
@@ -266,6 +269,57 @@ def _fit(
     while not fits(depth, most) and args.slab > 1:
         args.slab = -(-args.slab // 2)
     return depth
+
+
+_LEVEL_STEPS: WeakKeyDictionary[Code, float] = WeakKeyDictionary()
+
+
+def level_digits(code: GroupInt | GroupLevels) -> int:
+    """8-bit digits that the kernel makes of a level: 1 or 2; 0 for integers.
+
+    Seen from the tables on first use, for which a GPU is waited for. A stream that is being
+    captured cannot be: two digits, which hold for any table, unless the answer is known.
+    """
+    if isinstance(code, GroupInt):
+        return 0
+    return 1 if _level_step(code) > 0 else 2
+
+
+def _level_step(code: GroupLevels) -> float:
+    """What all levels are 8-bit integers of, a power of two; NaN where there is no such step."""
+    step = _LEVEL_STEPS.get(code)
+    if step is None:
+        if code.tables.is_cuda and torch.cuda.is_current_stream_capturing():
+            return float("nan")
+        step = _LEVEL_STEPS[code] = integer_step(code.tables)
+    return step
+
+
+def integer_step(tables: Tensor) -> float:
+    """The power of two that levels [tables, levels] fp16 are integers of, at most 127 of it.
+
+    Besides, what the kernel's halves of 16 levels ask for: within each half no two levels are
+    more than 127 steps apart, and none of the lower half is above any of the upper one. NaN for
+    tables that have no such step.
+    """
+    nowhere = float("nan")
+    levels = tables.cpu().double()
+    if not levels.isfinite().all():
+        return nowhere
+    whole = (levels * 2**24).long()  # fp16 has no smaller unit
+    bits = 0
+    for value in whole.flatten().tolist():
+        bits |= value
+    step = bits & -bits or 1
+    whole = whole // step
+    if int(whole.abs().max()) > 127:
+        return nowhere
+    if whole.shape[1] == 16:
+        lower, upper = whole[:, :8], whole[:, 8:]
+        apart = max(int((half.amax(1) - half.amin(1)).max()) for half in (lower, upper))
+        if apart > 127 or bool((lower.amax(1) > upper.amin(1)).any()):
+            return nowhere
+    return step * 2.0**-24
 
 
 _STORED: WeakKeyDictionary[Code, _Args] = WeakKeyDictionary()

@@ -20,10 +20,11 @@ import torch
 
 from pliant.codes import GroupInt, GroupLevels
 from pliant.codes.packing import PLANES
-from pliant.kernels.cuda.decode import Shape, Terms
+from pliant.kernels.cuda.decode import Shape, Terms, level_digits
 
 _LOG = logging.getLogger(__name__)
 _SHIPPED = Path(__file__).with_name("shapes.json")
+_KINDS = ("integers", "levels one digit", "levels")  # by `level_digits`
 _LONG = 3 << 10  # bytes of a row from which it keeps 16 warps busy
 _FAR = 0.5  # `_distance` beyond which what was measured says less than the formula
 # of a logarithm of time: how much better than the formula's cut that of neighbours must be
@@ -34,9 +35,9 @@ _BETTER = 0.02
 class Case:
     """A product, by what its best cut depends on.
 
-    kind: "integers", "levels"; a variant begins with the word of what it is a variant of. rows: of
-    x, the most that the same compiled kernel takes. packed: scales or zero points are packed
-    integers. rank: of a low-rank term.
+    kind: "integers", "levels" (of two digits) or "levels one digit"; a variant begins with the
+    word of what it is a variant of. rows: of x, the most that the same compiled kernel takes.
+    packed: scales or zero points are packed integers. rank: of a low-rank term.
     """
 
     kind: str
@@ -51,10 +52,9 @@ class Case:
 
     @staticmethod
     def of(code: GroupInt | GroupLevels, n: int, terms: Terms = Terms()) -> Case:
-        levels = isinstance(code, GroupLevels)
         extra = code.selector if isinstance(code, GroupLevels) else code.zeros
         return Case(
-            kind="levels" if levels else "integers",
+            kind=_KINDS[level_digits(code)],
             bits=code.bit_width,
             out=code.shape[0],
             width=code.width,

@@ -29,7 +29,7 @@ import torch
 from pliant.codes import GroupInt, GroupLevels
 from pliant.errors import PliantError
 from pliant.kernels.cuda import build, decode
-from pliant.kernels.cuda.decode import Shape, Terms, multiply
+from pliant.kernels.cuda.decode import Shape, Terms, level_digits, multiply
 from pliant.kernels.cuda.shapes import (
     CUTS,
     Case,
@@ -204,6 +204,7 @@ def timer(
     codes = [code]
     for _ in range(copies):
         codes.append(replace(code, planes=tuple(plane.clone() for plane in code.planes)))
+        level_digits(codes[-1])  # found out now: not while a graph is captured
     x = torch.arange(n * code.width, device=device).sin().reshape(n, code.width).to(dtype)
     y = torch.empty(n, code.shape[0], dtype=dtype, device=device)
     if terms.factor is not None:  # the caller's scratch may be at work on its stream
