@@ -200,7 +200,7 @@ def test_rows_that_are_apart_and_columns_that_are_not_next_to_each_other() -> No
 
 
 @pytest.mark.parametrize(("out", "width", "size"), [(12, 100, 32), (6, 64, 0)])
-@pytest.mark.parametrize(("bits", "count"), [(1, 1), (2, 4), (3, 2), (4, 4)])
+@pytest.mark.parametrize(("bits", "count"), [(1, 1), (2, 4), (3, 2), (4, 4), (5, 2)])
 @pytest.mark.parametrize("flat", [False, True])
 def test_tables_are_learned_as_torch_learns_them(
     out: int, width: int, size: int, bits: int, count: int, flat: bool,

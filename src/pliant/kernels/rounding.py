@@ -23,9 +23,9 @@ class GpuSearch(Protocol):
         clips: Sequence[float],
     ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
-    def level_sums(
+    def learn_levels(
         self, weight: Tensor, tables: Tensor, stored: Tensor, importance: Tensor, group_size: int,
-        clips: Sequence[float], smallest: float,
+        clips: Sequence[float], smallest: float, rounds: int, whole: bool,
     ) -> Tensor: ...  # fmt: skip
 
 

@@ -151,36 +151,81 @@ def _sums(  # type: ignore[no-untyped-def]
     tl.store(selector + group, table.to(tl.int64), mask=inside)
 
 
-def level_sums(
+@triton.jit(do_not_specialize=_ANY)  # type: ignore[untyped-decorator]
+def _move(  # type: ignore[no-untyped-def]
+    levels, stored, selector, sums, count,
+    LEVELS: tl.constexpr, BYTES: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """A table's levels to the means of what took them, and what is stored of those."""
+    table = tl.program_id(0)
+    k = tl.arange(0, LEVELS)
+    mass = tl.zeros([LEVELS], tl.float64)
+    first = tl.zeros([LEVELS], tl.float64)
+    for start in range(0, count, GROUPS):
+        group = start + tl.arange(0, GROUPS)
+        mine = tl.load(selector + group, mask=group < count, other=-1) == table
+        here = sums + group[:, None] * (2 * LEVELS) + k[None, :]
+        taken = tl.load(here, mask=mine[:, None], other=0.0)
+        summed = tl.load(here + LEVELS, mask=mine[:, None], other=0.0)
+        mass += tl.sum(taken.to(tl.float64), axis=0)
+        first += tl.sum(summed.to(tl.float64), axis=0)
+    there = table * LEVELS + k
+    kept = tl.load(levels + there)
+    moved = first / tl.where(mass > 0, mass, 1.0)
+    moved = tl.sort(tl.where(mass > 0, moved, kept.to(tl.float64)).to(tl.float32))
+    # As `byte_scaled` and then `byte_tables` or `stored_tables` of pliant.methods.levels.
+    low, far = k < LEVELS // 2, float("inf")
+    lower = tl.max(tl.where(low, moved, -far)) - tl.min(tl.where(low, moved, far))
+    upper = tl.max(tl.where(low, -far, moved)) - tl.min(tl.where(low, far, moved))
+    reach = tl.maximum(tl.max(tl.abs(moved)), tl.maximum(lower, upper) * (127.0 / 126.0))
+    moved = moved * (127.0 / 128.0 / tl.maximum(reach, 1e-8))
+    if BYTES:
+        whole = (moved * 128.0 + _ROUNDER) - _ROUNDER
+        whole = tl.where(k == 0, tl.minimum(whole, -1.0), whole)
+        whole = tl.where(k == LEVELS - 1, tl.maximum(whole, 1.0), whole)
+        tl.store(stored + there, whole * (1.0 / 128.0))
+    else:
+        tl.store(stored + there, moved.to(tl.float16).to(tl.float32))
+    tl.store(levels + there, moved)
+
+
+def learn_levels(
     weight: Tensor,  # [out, in]
     tables: Tensor,  # [tables, levels] rising
-    stored: Tensor,  # [tables, levels], those that groups are fitted to
+    stored: Tensor,  # [tables, levels], those that groups are fitted to first
     importance: Tensor,  # [in]
     group_size: int,
     clips: Sequence[float],
     smallest: float,
+    rounds: int,
+    whole: bool,
 ) -> Tensor:
-    """[tables, 2, levels] float64: what took each level, its weight and its weighted sum.
+    """[tables, levels] as they are stored after `rounds` of Lloyd's algorithm, two launches each.
 
-    Groups take the table and the scale, rounded to fp16, that `search_levels` finds in `stored`;
-    values over their scale the nearest of `tables`. A value weighs its importance times its
-    squared scale.
+    In each, groups take the table and the scale, rounded to fp16, that `search_levels` finds in
+    what is stored; values over their scale the nearest level before it was rounded, which moves
+    to their mean, where a value weighs its importance times its squared scale. whole: stored as
+    `methods.levels.byte_tables` has them, else as fp16; tables are in the unit of `byte_scaled`.
     """
     weight, importance, shape, sizes = _prepared(weight, importance, group_size)
-    selector = torch.empty(shape, dtype=torch.int64, device=weight.device)
-    tables, stored = tables.float().contiguous(), stored.float().contiguous()
     count, levels = tables.shape
+    tables, stored = (t.to(torch.float32, copy=True).contiguous() for t in (tables, stored))
+    selector = torch.empty(shape, dtype=torch.int64, device=weight.device)
     sums = torch.empty(selector.numel(), 2 * levels, device=weight.device)
     shares = _floats(tuple(clips), weight.device)
+    together = max(1, 1024 // levels)
     with _device(weight):
-        _sums[_programs(selector, sizes)](
-            weight, importance, tables, stored, shares, selector, sums,
-            selector.numel(), shape[1], group_size, weight.shape[1], weight.stride(0),
-            count, len(clips), smallest, LEVELS=levels, **sizes,
-        )  # fmt: skip
-    # Groups are added up by a product: adding to a few places would wait for every other one.
-    taken = selector.view(1, -1) == torch.arange(count, device=weight.device)[:, None]
-    return (taken.double() @ sums.double()).view(count, 2, levels)
+        for _ in range(rounds):
+            _sums[_programs(selector, sizes)](
+                weight, importance, tables, stored, shares, selector, sums,
+                selector.numel(), shape[1], group_size, weight.shape[1], weight.stride(0),
+                count, len(clips), smallest, LEVELS=levels, **sizes,
+            )  # fmt: skip
+            _move[(count,)](
+                tables, stored, selector, sums, selector.numel(),
+                LEVELS=levels, BYTES=whole, GROUPS=together,
+            )  # fmt: skip
+    return stored
 
 
 @triton.jit(do_not_specialize=_ANY)  # type: ignore[untyped-decorator]

@@ -90,22 +90,19 @@ def learn_tables(
     out, width = weight.shape
     step = max(1, out * width // _SAMPLE)
     sample = weight[::step].float()
-    found = _start(bits, count, weight.device)
+    found = byte_scaled(_start(bits, count, weight.device))
     size = width if group_size <= 0 else min(group_size, width)
     search = gpu_search(weight.device, size)
     given = weight.new_ones(width) if importance is None else importance
     store = byte_tables if bits <= _BYTE_BITS else stored_tables
+    if search is not None:
+        return search.learn_levels(
+            sample, found, store(found), given, size, clip_shares(bits, clip), TINY,
+            iterations, bits <= _BYTE_BITS,
+        )  # fmt: skip
     for _ in range(iterations):
-        found = byte_scaled(found)
-        stored = store(found)
-        if search is not None:
-            sums = search.level_sums(
-                sample, found, stored, given, size, clip_shares(bits, clip), TINY
-            )
-            found = _means(sums[:, 0], sums[:, 1], found)
-            continue
-        grid = fit_levels(sample, stored, group_size, importance=importance, clip=clip)
-        found = _moved(sample, importance, grid, found)
+        grid = fit_levels(sample, store(found), group_size, importance=importance, clip=clip)
+        found = byte_scaled(_moved(sample, importance, grid, found))
     return store(found)
 
 
