@@ -121,7 +121,7 @@ def test_random_text_is_drawn_as_ever(llama: Path, tmp_path: Path) -> None:
     file = text(tmp_path / "text.txt", 1000)
     asked = chosen(text=str(file))
     model = StreamedModel(open_checkpoint(llama))
-    pool = read_pool(asked, model.checkpoint.tokenizer)
+    pool = read_pool(asked, model.checkpoint.tokenizer())
     assert pool.ids is not None
     found, weights = choose(model, asked, pool, pool.ids, held_out=1)
     cut = windows(load_text(file), model.checkpoint.tokenizer(), 24)
@@ -170,7 +170,7 @@ def test_another_target_is_other_work(tmp_path: Path, llama: Path) -> None:
     """What was chosen for one target is not taken up for another of the same name."""
     target = domain(tmp_path / "target.txt", 0, 100)
     asked = chosen(select="zip_fit", target=str(target))
-    tokenizer = open_checkpoint(llama).tokenizer
+    tokenizer = open_checkpoint(llama).tokenizer()
     first = read_pool(asked, tokenizer).digest()
     domain(tmp_path / "target.txt", 100, 100)
     assert read_pool(asked, tokenizer).digest() not in (first, None)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pliant.budget import format_size
-from pliant.cli.console import Stages, print_json, quiet, stdout, table
+from pliant.cli.console import Stages, loading, print_json, stdout, table
 from pliant.cli.options import Json
 
 
@@ -36,9 +36,8 @@ def bench(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Time products, or an artifact's tokens, beside what this machine's memory reads."""
-    from pliant.api import bench as bench_speed
-
-    quiet()
+    with loading():
+        from pliant.api import bench as bench_speed
     with Stages() as stages:
         found = bench_speed(
             directory, memory or (), weights or (), device=device, quick=fast, progress=stages

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pliant.budget import format_size
-from pliant.cli.console import print_json, quiet
+from pliant.cli.console import loading, print_json
 from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
 from pliant.cli.run import usage_dict, usage_line
 from pliant.errors import PliantError
@@ -34,9 +34,8 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to an artifact. /memory SIZE resizes it while it runs; /reset, /quit, /help."""
-    from pliant.run import Chat, load
-
-    quiet()
+    with loading():
+        from pliant.run import Chat, load
     model = load(directory, memory, weights, context, device=device)
     conversation = Chat(
         model,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pliant.budget import format_size
-from pliant.cli.console import Stages, budget_table, nats, print_json, quiet, stdout
+from pliant.cli.console import Stages, budget_table, loading, nats, print_json, stdout
 from pliant.cli.options import Json, Model, Trust
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ def fit(
     The artifact opens at any size from its smallest to its largest. Ctrl-C, then the same
     command, goes on where it was.
     """
-    from pliant.api import fit as fit_model
-
-    quiet()
+    with loading():
+        from pliant.api import fit as fit_model
     with Stages() as stages:
         found = fit_model(
             model,

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from pliant.budget import format_size
-from pliant.cli.console import Stages, budget_table, nats, print_json, quiet, stdout, table
+from pliant.cli.console import Stages, budget_table, loading, nats, print_json, stdout, table
 from pliant.cli.options import Directory, Json, Memory, NoSpeed, Weights
 
 
@@ -22,9 +22,8 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show an artifact's rungs, its climb, and what each layer gets at a size."""
-    from pliant.api import inspect as inspect_artifact
-
-    quiet()
+    with loading():
+        from pliant.api import inspect as inspect_artifact
     with Stages() as stages:
         found = inspect_artifact(
             directory, memory, weights, verify=verify, timed=not no_speed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -88,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = getattr(error, "ctx", None)
         path = found.command_path if found is not None else "pliant"
         return _say(f"error: {error.format_message()} (see {path} --help)", 2)
+    finally:
+        gc.unfreeze()
 
 
 def _one_line(error: Exception) -> str:

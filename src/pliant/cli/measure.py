@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from pliant.budget import format_size
-from pliant.cli.console import Stages, print_json, quiet, stdout
+from pliant.cli.console import Stages, loading, print_json, stdout
 from pliant.cli.options import Json, Memory, Trust, Weights
 
 
@@ -44,9 +44,8 @@ def measure(
     """Compare MODEL with the original on a text: damage, perplexity, agreement, bytes, speed."""
     from pathlib import Path
 
-    from pliant.api import measure as measure_model
-
-    quiet()
+    with loading():
+        from pliant.api import measure as measure_model
     with Stages() as stages:
         found = measure_model(
             model,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from pliant.cli.console import print_json, quiet, stdout
+from pliant.cli.console import loading, print_json, stdout
 from pliant.cli.options import Json
 
 
 def methods(as_json: Json = False) -> None:
     """List the methods: paper, kind, what they must observe, options."""
-    from pliant.methods import catalog
-
-    quiet()
+    with loading():
+        from pliant.methods import catalog
     found = catalog()
     if as_json:
         print_json({

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli.console import Stages, print_json, quiet, stdout
+from pliant.cli.console import Stages, loading, print_json, stdout
 from pliant.cli.options import Json, Model, NoSpeed
 
 
@@ -22,10 +22,9 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what of MODEL fits where, without reading a weight."""
-    from pliant.api import plan as plan_model
-    from pliant.plan import render
-
-    quiet()
+    with loading():
+        from pliant.api import plan as plan_model
+        from pliant.plan import render
     with Stages() as stages:
         table = plan_model(
             model, memory, context=context, batch=batch, timed=not no_speed,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pliant.budget import format_size
-from pliant.cli.console import Stages, print_json, quiet, stdout
+from pliant.cli.console import Stages, loading, print_json, stdout
 from pliant.cli.options import Directory, Json, Memory, NoSpeed, Trust, Weights
 from pliant.errors import PliantError
 
@@ -51,12 +51,11 @@ def report(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Write one HTML page and pictures: size and damage, allocation, the memory bar, the table."""
-    from pliant.api import decode_speed
-    from pliant.ladder import Artifact
-    from pliant.ladder.live import plan_opening
-    from pliant.measure.report import write_report
-
-    quiet()
+    with loading():
+        from pliant.api import decode_speed
+        from pliant.ladder import Artifact
+        from pliant.ladder.live import plan_opening
+        from pliant.measure.report import write_report
     if (against is None) != (text is None):
         raise PliantError("--against MODEL and --text FILE go together; give both or neither")
     artifact = Artifact.open(directory)

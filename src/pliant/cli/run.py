@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli.console import print_json, quiet
+from pliant.cli.console import loading, print_json
 from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
 
 
@@ -28,9 +28,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Stream an answer to PROMPT."""
-    from pliant.run import Usage, load, stream
-
-    quiet()
+    with loading():
+        from pliant.run import Usage, load, stream
     model = load(directory, memory, weights, context, device=device)
     usage = Usage()
     pieces = stream(

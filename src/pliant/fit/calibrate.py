@@ -50,14 +50,17 @@ class Pool:
         return " ".join(parts) or None
 
 
-def read_pool(recipe: Recipe, tokenizer: Callable[[], Any]) -> Pool:
-    """The windows of the recipe's texts, shuffled, each text's cut to its part of `candidates`."""
+def read_pool(recipe: Recipe, tokenizer: Any) -> Pool:
+    """The windows of the recipe's texts, shuffled, each text's cut to its part of `candidates`.
+
+    tokenizer: of the model; None will do where the recipe names no text.
+    """
     settings = recipe.calibration
     target = None if settings.target is None else load_text(settings.target)
     if settings.text is None:
         return Pool(target=target)
     paths = (settings.text,) if isinstance(settings.text, str) else settings.text
-    found = [windows(load_text(path), tokenizer(), settings.length) for path in paths]
+    found = [windows(load_text(path), tokenizer, settings.length) for path in paths]
     if settings.select != "random":
         each = -(-(settings.candidates + recipe.search.sequences) // len(found))
         found = [choose_windows(own, each, seed=recipe.seed) for own in found]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -109,6 +110,9 @@ def fit(
     room = weights_budget(checkpoint.config, budget)
     note = ""
     widened = checkpoint.nbytes * 4 // checkpoint.dtype.itemsize
+    # Beside the model's start: tokens are cut outside of Python, on a core of their own.
+    tokenizer = None if dry_run or base.calibration.text is None else checkpoint.tokenizer()
+    pool = ThreadPoolExecutor(1).submit(read_pool, base, tokenizer) if not dry_run else None
     model = StreamedModel(checkpoint, resident=widened <= resident_bytes(place), device=place)
     fixed = sum(tensor.nbytes for tensor in _fixed(model).values())
     original = fixed + _numbers(model.targets) * checkpoint.dtype.itemsize
@@ -123,7 +127,8 @@ def fit(
     if dry_run:
         return job.preview(budget, room, note)
     assert out is not None
-    return job.run(Path(out), budget, room, overwrite, note)
+    assert pool is not None
+    return job.run(Path(out), budget, room, overwrite, note, pool)
 
 
 class _Job:
@@ -189,9 +194,11 @@ class _Job:
 
     # The work
 
-    def run(self, out: Path, budget: Budget, room: int, overwrite: bool, note: str) -> FitResult:
+    def run(
+        self, out: Path, budget: Budget, room: int, overwrite: bool, note: str, read: Future[Pool]
+    ) -> FitResult:
         calibrated = any(len(specs) > 1 or specs[0].needs() for specs in self.specs.values())
-        pool = self._windows() if calibrated else Pool()
+        pool = read.result() if calibrated else Pool()
         writer = Writer(out, self._key(pool), overwrite, held_bytes(self.model.device))
         work = writer.directory / "work"
         work.mkdir(exist_ok=True)
@@ -301,9 +308,6 @@ class _Job:
             "text": pool.digest(),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-    def _windows(self) -> Pool:
-        return read_pool(self.recipe, self.model.checkpoint.tokenizer)
 
     def _calibration(self, work: Path, pool: Pool, held_out: int) -> tuple[Tensor, Tensor | None]:
         """Sequences [n, T], the first `held_out` to measure on, and their weights [n]."""

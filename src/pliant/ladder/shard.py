@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -135,15 +136,16 @@ def _write(
     size = len(header)
     extents = []
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
             file.write(header)
             for part in parts:
                 file.write(bytes(part.padding))
                 start = size = size + part.padding
                 digest = hashlib.sha256()
                 for piece in part.pieces:
+                    hashing = beside.submit(digest.update, piece)
                     file.write(piece)
-                    digest.update(piece)
+                    hashing.result()
                     size += piece.nbytes
                 found = digest.hexdigest()
                 if part.source is not None:
