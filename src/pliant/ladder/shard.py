@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -136,16 +135,15 @@ def _write(
     size = len(header)
     extents = []
     try:
-        with temporary.open("wb") as file, ThreadPoolExecutor(1) as beside:
+        with temporary.open("wb") as file:
             file.write(header)
             for part in parts:
                 file.write(bytes(part.padding))
                 start = size = size + part.padding
                 digest = hashlib.sha256()
                 for piece in part.pieces:
-                    hashing = beside.submit(digest.update, piece)
                     file.write(piece)
-                    hashing.result()
+                    digest.update(piece)
                     size += piece.nbytes
                 found = digest.hexdigest()
                 if part.source is not None:
