@@ -9,7 +9,7 @@ from pliant.codes import GroupInt
 from pliant.errors import PliantError
 from pliant.methods.numerics import weighted_error
 from pliant.methods.quantize import gptq as module
-from pliant.methods.quantize.gptq import gptq, inverse_factor
+from pliant.methods.quantize.gptq import begin_factor, gptq, inverse_factor, shared_factor
 from pliant.methods.quantize.rtn import rtn
 from pliant.observe.statistics import Statistics
 from tests.methods.problems import correlated, problem
@@ -144,6 +144,47 @@ def test_a_moment_that_is_none_is_refused() -> None:
         gptq(weight, Statistics(tokens=1, second_moment=indefinite))
     with pytest.raises(PliantError, match="second moment"):
         gptq(weight, Statistics())
+
+
+def test_a_factor_that_was_begun_is_the_same_and_one_that_failed_is_made_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weight, statistics = problem()
+    plain = gptq(weight, statistics, bits=3).integers()
+    calls = []
+    real = inverse_factor
+    monkeypatch.setattr(module, "inverse_factor", lambda *a, **k: calls.append(1) or real(*a, **k))
+    begun = Statistics(tokens=1, second_moment=statistics.second_moment)
+    begin_factor(begun, damp=0.1, act_order=True)
+    assert torch.equal(gptq(weight, begun, bits=3).integers(), plain)
+    assert not calls
+    gptq(weight, begun, bits=3, act_order=False)  # another than the one that was begun
+    assert len(calls) == 1
+    shifted = torch.eye(128)
+    shifted[0, 1] = shifted[1, 0] = 1.3  # positive definite with a damping of 1.0, not of 0.1
+    failing = Statistics(tokens=1, second_moment=shifted)
+    alone = gptq(weight, failing, bits=3).integers()
+    again = Statistics(tokens=1, second_moment=shifted)
+    begin_factor(again, damp=0.1, act_order=True)
+    held = module._FACTORS[again][0.1, True]
+    assert isinstance(held, module._Begun)
+    assert int(held.failed) != 0
+    assert torch.equal(gptq(weight, again, bits=3).integers(), alone)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_is_not_waited_for_when_a_factor_is_begun() -> None:
+    statistics = problem()[1]
+    assert statistics.second_moment is not None
+    there = [Statistics(tokens=1, second_moment=statistics.second_moment.cuda()) for _ in range(2)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begin_factor(there[0], damp=0.1, act_order=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found, alone = (shared_factor(own, damp=0.1, act_order=True) for own in there)
+    assert torch.equal(found[0], alone[0])
+    assert torch.equal(found[1], alone[1])
 
 
 @pytest.mark.parametrize("act_order", [True, False])

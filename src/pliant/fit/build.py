@@ -16,6 +16,7 @@ from pliant.fit.recipe import KEEP, RungSpec
 from pliant.kernels import decode
 from pliant.ladder import Proposal
 from pliant.methods import find
+from pliant.methods.quantize.gptq import begin_factor
 from pliant.model import StreamedModel, Target
 from pliant.observe import Observation
 
@@ -60,6 +61,19 @@ def build_rungs(
         damage = observation.damage(error) + _UNSEEN * (error.norm() / norm).double() ** 2
         made.append(Built(target.name, method, options, code, damage))
     return made
+
+
+def begin(observation: Observation, specs: Sequence[RungSpec]) -> None:
+    """Have a GPU start what rungs of `specs` will need, before it is given other rungs to make.
+
+    What they would wait for is done then: the factor of methods that feed errors forward.
+    """
+    for spec in specs:
+        method, options = usable(spec, observation)
+        known = {} if method == KEEP else find(method).options | options
+        if {"damp", "act_order"} <= known.keys():
+            begin_factor(observation.statistics, damp=known["damp"], act_order=known["act_order"])
+            return
 
 
 def proposals(built: Sequence[Built]) -> list[Proposal]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
 from pliant.fit.background import Background
-from pliant.fit.build import Built, build_rungs, estimate_nbytes, proposals
+from pliant.fit.build import Built, begin, build_rungs, estimate_nbytes, proposals
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import held_bytes, resident_bytes
 from pliant.fit.evaluate import Evaluator
@@ -418,6 +418,8 @@ class _Job:
             observation = seen.pop(0)
             if aside is not None:
                 observation = take_back(aside, observation, self.model.device)
+            if seen and aside is None and self.model.device.type == "cuda":
+                begin(seen[0], self.specs[seen[0].target.name])
             built += build_rungs(self.model, observation, self.specs[observation.target.name])
             if done is not None:
                 done += 1

@@ -44,7 +44,7 @@ class Accumulator:
         self._needs = needs
         self._weighted = weighted
         self._tokens = 0
-        self._weight = 0.0
+        self._weight: Tensor | None = None  # float64 [], where x is: to read it waits for a GPU
         self._sums: dict[str, Tensor] = {}
 
     def add(self, x: Tensor, y: Tensor, g: Tensor, share: float = 1.0) -> None:
@@ -59,7 +59,8 @@ class Accumulator:
             # the layer's error is the loss's second-order change under a block-diagonal Fisher.
             plain = x.new_full((len(x), 1), share)
             weight = squared.sum(1, keepdim=True) if self._weighted else plain
-            self._weight += float(weight.sum())
+            total = weight.sum().double()
+            self._weight = total if self._weight is None else self._weight + total
             self._add_product("second_moment", x * weight, x)
         if "fisher" in self._needs:
             self._add_product("fisher", squared, x.square())
@@ -78,7 +79,8 @@ class Accumulator:
             if name in self._sums:
                 self._sums[name].div_(self._tokens)
         if "second_moment" in self._sums:
-            self._sums["second_moment"].div_(max(self._weight, 1e-30))
+            assert self._weight is not None
+            self._sums["second_moment"].div_(self._weight.clamp_min(1e-30))
         return Statistics(tokens=self._tokens, **self._sums)
 
     def _add(self, name: str, value: Tensor) -> None:

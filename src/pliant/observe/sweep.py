@@ -22,7 +22,7 @@ from pliant.observe.statistics import Accumulator, Statistics
 Progress = Callable[[int, int], None]
 _PROBE_TOKENS = 1024
 _PROBE_BYTES = 64 << 20
-_TOKENS_AT_ONCE = 1024
+_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 4096}  # by type of device
 _LOGITS_BYTES = 64 << 20
 _JUDGE, _METHOD = "judge", "method"  # whom a sample of pairs is for
 
@@ -151,7 +151,8 @@ class Sweep:
         self._weighted = weighted
         self._seed = seed
         # Sequences that count differently run one by one.
-        self._batch = 1 if weights is not None else max(1, _TOKENS_AT_ONCE // ids.shape[1])
+        together = _TOKENS_AT_ONCE[model.device.type] // ids.shape[1]
+        self._batch = 1 if weights is not None else max(1, together)
         tokens = ids.numel()
         rows = max(1, sum(t.shape[0] for t in model.targets if t.block is None))
         outer = min(_PROBE_TOKENS, max(64, _PROBE_BYTES // (4 * rows)))

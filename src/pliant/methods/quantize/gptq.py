@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,8 +19,19 @@ _BLOCK = 32
 _TILE_BYTES = 16 << 20  # of columns that are rounded together
 _GPU_TILE_BYTES = 64 << 20
 
+
+@dataclass(frozen=True)
+class _Begun:
+    """A factor that a GPU may still be at. failed: in main memory once `done` was reached."""
+
+    factor: Tensor
+    order: Tensor
+    failed: Tensor
+    done: torch.cuda.Event | None
+
+
 # Rungs of one target share their statistics, and so the factor, which costs O(in^3).
-_FACTORS: WeakKeyDictionary[Statistics, dict[tuple[float, bool], tuple[Tensor, Tensor]]]
+_FACTORS: WeakKeyDictionary[Statistics, dict[tuple[float, bool], tuple[Tensor, Tensor] | _Begun]]
 _FACTORS = WeakKeyDictionary()
 
 
@@ -69,12 +81,38 @@ def shared_factor(statistics: Statistics, *, damp: float, act_order: bool) -> tu
     """`inverse_factor` of the second moment, kept until these statistics go or ask for another."""
     assert statistics.second_moment is not None
     kept = _FACTORS.setdefault(statistics, {})
-    if (damp, act_order) not in kept:
+    found = kept.get((damp, act_order))
+    if isinstance(found, _Begun):
+        if found.done is not None:
+            found.done.synchronize()
+        found = None if int(found.failed) else (found.factor, found.order)
+    if found is None:
         kept.clear()
-        kept[damp, act_order] = inverse_factor(
-            statistics.second_moment, damp=damp, act_order=act_order
-        )
-    return kept[damp, act_order]
+        found = inverse_factor(statistics.second_moment, damp=damp, act_order=act_order)
+    kept[damp, act_order] = found
+    return found
+
+
+def begin_factor(statistics: Statistics, *, damp: float, act_order: bool) -> None:
+    """Have the device start what `shared_factor` will give, and wait for nothing.
+
+    Whether it worked is known once the device is done; asked for only then, a GPU need not first
+    do all that it was given in between.
+    """
+    assert statistics.second_moment is not None
+    kept = _FACTORS.setdefault(statistics, {})
+    if (damp, act_order) in kept:
+        return
+    order = _order(statistics.second_moment, act_order)
+    factor, failed = _factored(statistics.second_moment, order, damp)
+    done = None
+    if failed.is_cuda:
+        told = torch.empty((), dtype=failed.dtype, pin_memory=True)
+        failed = told.copy_(failed, non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+    kept.clear()
+    kept[damp, act_order] = _Begun(factor, order, failed, done)
 
 
 def inverse_factor(
@@ -85,23 +123,34 @@ def inverse_factor(
     Channels that never fired get a unit diagonal. The damping grows tenfold, up to five times,
     while H is not positive definite. PliantError when it never becomes so.
     """
-    order = torch.arange(len(moment), device=moment.device)
-    if act_order:
-        order = torch.argsort(moment.diagonal(), descending=True, stable=True)
-    failed = torch.zeros((), dtype=torch.int32, device=moment.device)
+    order = _order(moment, act_order)
     for attempt in range(6):
-        h = moment[order[:, None], order].float().t()  # by columns: factored in place, h is large
-        diagonal = moment.diagonal()[order].float()
-        diagonal[diagonal <= 0] = 1.0
-        h.diagonal().copy_(diagonal + diagonal.mean() * damp * 10**attempt)
-        torch.linalg.cholesky_ex(h, out=(h, failed))
-        if int(failed):
-            continue
-        torch.cholesky_inverse(h, out=h)
-        torch.linalg.cholesky_ex(h, out=(h, failed))
-        if int(failed) == 0:
-            return h.t(), order  # its transpose by columns is the upper factor by rows: no copy
+        factor, failed = _factored(moment, order, damp * 10**attempt)
+        if not int(failed):
+            return factor, order
     raise PliantError("the inputs' second moment is not positive definite; use more text")
+
+
+def _order(moment: Tensor, act_order: bool) -> Tensor:
+    """[in], the channels as they are rounded: those that matter most first, if `act_order`."""
+    if act_order:
+        return torch.argsort(moment.diagonal(), descending=True, stable=True)
+    return torch.arange(len(moment), device=moment.device)
+
+
+def _factored(moment: Tensor, order: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """(U, failed) for `inverse_factor`: int32 [], not 0 where U is of no use."""
+    h = moment[order[:, None], order].float().t()  # by columns: factored in place, h is large
+    diagonal = moment.diagonal()[order].float()
+    diagonal = torch.where(diagonal <= 0, 1.0, diagonal)
+    h.diagonal().copy_(diagonal + diagonal.mean() * damp)
+    first, second = torch.zeros(2, dtype=torch.int32, device=moment.device)
+    torch.linalg.cholesky_ex(h, out=(h, first))
+    if not h.is_cuda and int(first):  # a CPU's inverse refuses what is no factor
+        return h, first
+    torch.cholesky_inverse(h, out=h)
+    torch.linalg.cholesky_ex(h, out=(h, second))
+    return h.t(), first | second  # its transpose by columns is the upper factor by rows: no copy
 
 
 def round_with_feedback(weight: Tensor, grid: Grid, factor: Tensor, order: Tensor) -> Tensor:
