@@ -20,6 +20,7 @@ class Machine:
 
     def __init__(self) -> None:
         self.timed: list[str] = []
+        self.token = 0.0  # seconds that a token takes whatever the layers
         self.timers = {way: self._timer(way) for way in calibrate.TIMERS}
 
     def _timer(self, way: str):
@@ -41,6 +42,7 @@ class Machine:
                     product_seconds(calibrate.SAMPLE(p.out, p.width), 1.0 if step else 2.0)
                     for p in calibrate._products(config, kind)
                 )
+                inside += machine.token
                 return {str(at): inside + layers * (LAYER + POSITION * at) for at in (16, 512)}
 
         return Fake()

@@ -154,13 +154,30 @@ def test_progress_reaches_its_end(artifact, machine):
     assert told[-1][0] == told[-1][1]
 
 
+def test_what_a_token_takes_once_is_not_taken_for_every_layer(machine, monkeypatch):
+    """From models of one and two layers, for one of six."""
+    monkeypatch.setattr(calibrate, "beyond_cache", lambda device: 1)
+    machine.token = 5 * LAYER
+    config = tiny_config()
+    config.num_hidden_layers = 6
+    products = products_of_config(config, "int4")
+    expected = sum(product_seconds(COMMON["int4"](p.out, p.width)) for p in products)
+    expected += machine.token + 6 * (LAYER + POSITION * 40)
+    found = costs_of_config(config, ["int4"])
+    assert found.seconds(products, 40) == pytest.approx(expected, rel=1e-6)
+    machine.timed.clear()
+    assert costs_of_config(config, ["int4"]) == found
+    assert not machine.timed
+
+
 def test_a_stand_in_has_the_layers_that_fill_the_memory_asked_for():
     config = tiny_config()
     config.num_hidden_layers = 6
     layer = (2 * 64 * 64 + 3 * 64 * 128) // 2  # bytes at 4 bits; k and v are no targets, too thin
-    assert stand_in_layers(config, 1) == 2
-    assert stand_in_layers(config, 3 * layer) == 3
-    assert stand_in_layers(config, 100 * layer) == 6
+    assert stand_in_layers(config, 1) == [1, 2]
+    assert stand_in_layers(config, 3 * layer) == [1, 3]
+    assert stand_in_layers(config, 5 * layer) == [2, 5]
+    assert stand_in_layers(config, 100 * layer) == [6]
     cut = calibrate.with_layers(config, 2)
     assert (cut.num_hidden_layers, config.num_hidden_layers) == (2, 6)
 

@@ -120,11 +120,11 @@ def calibrate(
     timers: seconds of a product in each way. stand_in: makes the model whose tokens are timed.
     None where this machine's memory does not hold a few layers.
     """
-    small = with_layers(config, stand_in_layers(config, beyond_cache(device)))
-    own = _products(small, kind_of(SAMPLE(GROUP, GROUP).meta()))
-    if 2 * sum(p.out * p.width for p in own) > psutil.virtual_memory().available:
+    smalls = [with_layers(config, n) for n in stand_in_layers(config, beyond_cache(device))]
+    owns = [_products(small, kind_of(SAMPLE(GROUP, GROUP).meta())) for small in smalls]
+    if 2 * sum(p.out * p.width for own in owns for p in own) > psutil.virtual_memory().available:
         return None
-    wanted = {p: _sample_source(SAMPLE, p) for p in own} | dict(sources)
+    wanted = {p: _sample_source(SAMPLE, p) for p in owns[-1]} | dict(sources)
     kept_all = kept.read(_FILE)
     key, version = f"{machine(device)}, batch {batch}", kernels_version()
     entry: Any = kept_all.get(key, {})
@@ -133,10 +133,10 @@ def calibrate(
 
     stepped = batch == 1 and (device.type == "cpu" or gpu.wanted())
     ways = [STEP, MODULES] if stepped else [MODULES]
-    totals = entry["tokens"].setdefault(architecture(small), {})
-    model: Any = None
+    totals = [entry["tokens"].setdefault(architecture(small), {}) for small in smalls]
+    models: dict[int, Any] = {}
     found: dict[str, tuple[Mapping[str, float], Between]] = {}
-    timed: set[str] = set()
+    timed: set[tuple[str, int]] = set()
     done, of, each = 0, len(ways) * len(wanted) * _ROUNDS, seconds / _ROUNDS
 
     def tell(steps: int) -> None:
@@ -150,21 +150,29 @@ def calibrate(
         missing = {p: source for p, source in wanted.items() if p.key not in products}
         best: dict[str, float | None] = {}
         for _ in range(_ROUNDS):
-            if way not in totals or way in timed:
-                model = model or stand_in(small, batch, device)
-                totals[way] = _least(totals.get(way), model.seconds(way == STEP, each))
-                timed.add(way)
-            if totals[way] is None:
+            for at, small in enumerate(smalls):
+                if way in totals[at] and (way, at) not in timed:
+                    continue
+                if at not in models:
+                    models[at] = stand_in(small, batch, device)
+                token = models[at].seconds(way == STEP, each)
+                totals[at][way] = _least(totals[at].get(way), token)
+                timed.add((way, at))
+            if any(total[way] is None for total in totals):
                 break
             for product, source in missing.items():
                 took = _measure(product, source, way, batch, device, each, timers[way])
                 best[product.key] = _lesser(best.get(product.key), took)
                 tell(1)
         products |= best
-        if totals[way] is None:
+        if any(total[way] is None for total in totals):
             continue
         known = {k: float(v) for k, v in products.items() if v is not None}
-        found[way] = known, _between(totals[way], own, known, small)
+        beside = [
+            _between(total[way], own, known, small)
+            for total, own, small in zip(totals, owns, smalls, strict=True)
+        ]
+        found[way] = known, beside[0] if len(beside) == 1 else _split(*beside, *smalls)
         if all(product.key in known for product in sources):
             break  # every size of the model runs this way
     tell(of - done)
@@ -223,6 +231,13 @@ def _between(
     inside = sum(known[product.key] * product.count for product in own)
     position = max(0.0, (at_high - at_low) / (high - low)) / layers
     return Between((at_low - inside) / layers - position * low, position)
+
+
+def _split(few: Between, many: Between, fewer: Any, more: Any) -> Between:
+    """What a layer takes where two models differ in layers, and what a token takes in both."""
+    less, most = (int(text_config(config).num_hidden_layers) for config in (fewer, more))
+    layer = (most * many.layer - less * few.layer) / (most - less)
+    return Between(layer, many.position, most * (many.layer - layer))
 
 
 def _products(config: Any, kind: str) -> list[Product]:

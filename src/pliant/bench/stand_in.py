@@ -27,12 +27,16 @@ LOW, HIGH = 16, 512
 """Tokens in the cache when a token is timed."""
 
 
-def stand_in_layers(config: Any, nbytes: int) -> int:
-    """Layers of 4 bits that take `nbytes` together: all that the model has, or at least two."""
+def stand_in_layers(config: Any, nbytes: int) -> list[int]:
+    """Depths of the models to time, rising: all layers, or as many of 4 bits as take `nbytes`.
+
+    These are two at least, and then half of them also: what they differ in is layers alone.
+    """
     layers = int(text_config(config).num_hidden_layers)
     inside = [t for t in find_targets(empty_model(config)) if t.block is not None]
     each = sum(t.shape[0] * t.shape[1] for t in inside) // (2 * max(layers, 1))
-    return min(layers, max(2, -(-nbytes // max(each, 1))))
+    most = max(2, -(-nbytes // max(each, 1)))
+    return [layers] if most >= layers else [most // 2, most]
 
 
 class StandIn:

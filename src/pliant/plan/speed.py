@@ -2,9 +2,9 @@
 
 A token's seconds are a sum. Each matrix costs what a product with its kind of code at its shape was
 measured to cost on this machine, read from memory beyond the last-level cache. Everything else
-(norms, attention, positions, calls) is a part a layer, and a part a layer and cached token, taken
-from a model of the same architecture in one kind of code: what its tokens take over the products
-that it is made of. No speed is assumed; `pliant.bench` measures them.
+(norms, attention, positions, calls) is a part a token, a part a layer, and a part a layer and
+cached token, taken from models of the same architecture in one kind of code: what their tokens
+take over the products that they are made of. No speed is assumed; `pliant.bench` measures them.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ class Product:
 
 @dataclass(frozen=True)
 class Between:
-    """Seconds beside the products: of a layer, and of a layer for each token in its cache."""
+    """Seconds beside the products: of a layer, of a layer for each token in its cache, of a token.
+
+    The last is 0 where models of all layers were timed.
+    """
 
     layer: float
     position: float
+    token: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Costs:
         for known, between in self.ways.values():
             if all(product.key in known for product in wanted):
                 inside = sum(known[product.key] * product.count for product in wanted)
-                return inside + self.layers * (between.layer + between.position * position)
+                layer = between.layer + between.position * position
+                return inside + between.token + self.layers * layer
         return None
 
 
