@@ -24,7 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from ladder_vs_uniform import said
 from pliant.api import opened
-from pliant.fit import default_recipe, fit
+from pliant.fit import Recipe, fit
+from pliant.fit.recipe import Tune
 from pliant.ladder import Artifact
 from pliant.measure import Reference
 from pliant.model import Checkpoint, open_checkpoint
@@ -33,6 +34,7 @@ from quality_ours import Ours
 
 RESULTS = Path(__file__).parent / "results"
 WITHIN = 1.03
+TUNED = ("steps", "sequences", "prompt", "rate", "rate_fall")
 
 
 def main() -> None:
@@ -56,7 +58,7 @@ def main() -> None:
             row[name] = reference.damage(ours.model).as_dict()
         row["ratio"] = row["ladder"]["kl"] / row["alone"]["kl"]
         tuned = Artifact.open(places["alone"]).recipe["tune"]
-        row |= {name: tuned[name] for name in ("steps", "sequences", "prompt")}
+        row |= {name: tuned[name] for name in TUNED}
         rows.append(row)
         print(f"{bits} bits: ladder {row['ladder']['kl']:.4f}, alone {row['alone']['kl']:.4f}, "
               f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
@@ -74,11 +76,13 @@ def alone(checkpoint: Checkpoint, bits: float, arguments: Any) -> Path:
     """The artifact whose training was all for one size; made when absent."""
     out = Path(arguments.work) / f"alone-{bits}"
     if not (out / "ladder.json").exists():
-        recipe = default_recipe("best", text=arguments.text, gpu=arguments.device == "cuda")
+        recipe = Recipe.model_validate(Artifact.open(arguments.artifact).recipe)
+        text = recipe.calibration.model_copy(update={"text": arguments.text})
         changes: dict[str, Any] = {"bits": (bits, bits)}
         if arguments.steps:
             changes["steps"] = arguments.steps
-        recipe = recipe.model_copy(update={"tune": recipe.tune.model_copy(update=changes)})
+        tuned = recipe.tune.model_copy(update=changes)
+        recipe = recipe.model_copy(update={"calibration": text, "tune": tuned})
         memory = checkpoint.nbytes * 9 // 10  # the original itself must not fit
         fit(checkpoint.directory, memory, out, context=512, recipe=recipe,
             device=arguments.device, progress=said)  # fmt: skip
@@ -109,9 +113,9 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
         f"`python bench/one_size.py ARTIFACT --against {Path(arguments.against).name} ...` "
         f"on {device}. Target: at most {WITHIN}.",
         "",
-        "| bits | steps | sequences | prompted | ladder KL | 95% interval "
+        "| bits | steps | sequences | prompted | rate at 2, 3, 4 bits | ladder KL | 95% interval "
         "| alone KL | 95% interval | ratio | ok |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = []
@@ -120,7 +124,9 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
             cells += [f"{row[name]['kl']:.4f}", f"{low:.4f} to {high:.4f}"]
         cells += [f"{row['ratio']:.3f}", "yes" if row["ratio"] <= WITHIN else "no"]
         prompted = "half" if row["prompt"] else "none"
-        trained = f"{row['steps']} | {row['sequences']} | {prompted}"
+        rates = Tune(rate=row["rate"], rate_fall=row["rate_fall"])
+        rate = ", ".join(f"{1000 * rates.rate_of(bits):g}" for bits in (2, 3, 4)) + " e-3"
+        trained = f"{row['steps']} | {row['sequences']} | {prompted} | {rate}"
         lines.append(f"| {row['bits']} | {trained} | {' | '.join(cells)} |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "one_size.json").write_text(json.dumps(rows, indent=1) + "\n")
