@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pliant.errors import PliantError
-from pliant.fit.background import Background
+from pliant.fit.background import Background, ahead
 
 CPU = torch.device("cpu")
 
@@ -87,3 +87,13 @@ def _begin_and_raise(job: Callable[[], None], error: type[BaseException], go: Ev
         background.run(job)
         go.set()
         raise error
+
+
+def test_a_call_ahead_runs_beside_and_its_error_waits_for_who_asks() -> None:
+    go = Event()
+    found = ahead(lambda: go.wait() and get_ident())
+    assert not found.done()
+    go.set()
+    assert found.result() != get_ident()
+    with pytest.raises(PliantError, match="full"):
+        ahead(fail).result()

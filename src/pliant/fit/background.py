@@ -1,12 +1,30 @@
-"""Writing what is finished while the next is computed."""
+"""Work beside other work: writing what is finished, reading what is needed later."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread
 from types import TracebackType
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+def ahead(call: Callable[[], T]) -> Future[T]:
+    """What `call` will return or raise. A process that ends for another reason does not wait."""
+    found: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            found.set_result(call())
+        except BaseException as error:
+            found.set_exception(error)
+
+    Thread(target=run, daemon=True).start()
+    return found
 
 
 class Background:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pliant.budget import Budget, format_size, parse_size
 from pliant.errors import BudgetError, PliantError
-from pliant.fit.background import Background
+from pliant.fit.background import Background, ahead
 from pliant.fit.build import Built, begin, build_rungs, estimate_nbytes, proposals
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import held_bytes, resident_bytes
@@ -112,7 +112,7 @@ def fit(
     widened = checkpoint.nbytes * 4 // checkpoint.dtype.itemsize
     # Beside the model's start: tokens are cut outside of Python, on a core of their own.
     tokenizer = None if dry_run or base.calibration.text is None else checkpoint.tokenizer()
-    pool = ThreadPoolExecutor(1).submit(read_pool, base, tokenizer) if not dry_run else None
+    pool = None if dry_run else ahead(partial(read_pool, base, tokenizer))
     model = StreamedModel(checkpoint, resident=widened <= resident_bytes(place), device=place)
     fixed = sum(tensor.nbytes for tensor in _fixed(model).values())
     original = fixed + _numbers(model.targets) * checkpoint.dtype.itemsize
