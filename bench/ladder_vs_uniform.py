@@ -39,6 +39,7 @@ from pliant.model import StreamedModel, cache_directory, coded_model, open_check
 from pliant.observe import choose_windows, load_text, split, windows
 from pliant.run import load
 from regrid import regrid
+from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 WIDTHS = (2, 3, 4)
@@ -66,7 +67,7 @@ def main() -> None:
     calibration = work / "calibration.txt"
     calibration.write_text(split(text, "calibration"), encoding="utf-8")
     found = windows(split(text, "evaluation"), tokenizer)
-    chosen = found[torch.linspace(0, len(found) - 1, arguments.windows).long()]
+    chosen = spread(found, arguments.windows)
 
     started = time.time()
     recipe = ladder_recipe(arguments.effort, calibration)

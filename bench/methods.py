@@ -35,6 +35,7 @@ from pliant.codes import Dense
 from pliant.measure import Reference
 from pliant.model import Checkpoint, StreamedModel, coded_model, open_checkpoint
 from pliant.observe import digest, load_text, split, windows
+from texts import spread
 
 HERE = Path(__file__).parent
 DOCS = HERE.parent / "docs" / "methods.md"
@@ -123,7 +124,7 @@ def merge(known: Known, paths: list[str]) -> None:
 def evaluation(checkpoint: Checkpoint, arguments: Any) -> torch.Tensor:
     """The windows [n, T] that damage is measured on."""
     found = windows(split(load_text(arguments.text), "evaluation"), checkpoint.tokenizer())
-    return found[torch.linspace(0, len(found) - 1, arguments.windows).long()]
+    return spread(found, arguments.windows)
 
 
 class Bench:

@@ -31,6 +31,7 @@ from pliant.measure import Reference
 from pliant.model import Checkpoint, open_checkpoint
 from pliant.observe import load_text, split, windows
 from quality_ours import Ours
+from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 WITHIN = 1.03
@@ -45,7 +46,7 @@ def main() -> None:
         return
     text = load_text(arguments.test)
     found = windows(split(text, "evaluation"), checkpoint.tokenizer())
-    ids = found[torch.linspace(0, len(found) - 1, 24).long()]
+    ids = spread(found, 24)
     reference = Reference.of(opened(checkpoint).to(arguments.device), ids)
     rows = []
     for bits in arguments.bits:

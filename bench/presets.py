@@ -29,6 +29,7 @@ from pliant.measure.memory import run_child
 from pliant.model import open_checkpoint
 from pliant.observe import load_text, split, windows
 from quality_ours import Ours
+from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 LIMITS = {"quick": 180, "balanced": 600}  # seconds, on two cores
@@ -46,7 +47,7 @@ def main() -> None:
     work = Path(arguments.work or tempfile.mkdtemp(prefix="pliant-bench-"))
     checkpoint = open_checkpoint(arguments.model)
     found = windows(split(load_text(arguments.text), "evaluation"), checkpoint.tokenizer())
-    ids = found[torch.linspace(0, len(found) - 1, 24).long()]
+    ids = spread(found, 24)
     reference = Reference.of(opened(checkpoint).to(arguments.device), ids)
     rows = []
     for effort in arguments.efforts.split(","):

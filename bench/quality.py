@@ -35,8 +35,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).parent))
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,7 +49,7 @@ from quality_ours import Ours
 from quality_peers import Peer, PeerError, Substitution, known_peers, parse_pythons
 from quality_rows import COMPARISONS, Row, Rows, Sizes, read_sizes, write_sizes
 from quality_table import write_results
-from texts import KINDS, kind_windows
+from texts import KINDS, kind_windows, spread
 
 CALIBRATION_WINDOWS = 128
 
@@ -262,7 +260,7 @@ def measured_ids(arguments: Any, checkpoint: Checkpoint, work: Path) -> dict[str
     tokenizer = checkpoint.tokenizer()
     found = windows(split(load_text(arguments.text), "evaluation"), tokenizer)
     count = min(arguments.windows, len(found))
-    ids = {"wikitext": found[torch.linspace(0, len(found) - 1, count).long()]}
+    ids = {"wikitext": spread(found, count)}
     for kind in arguments.kinds:
         ids[kind] = kind_windows(kind, tokenizer, arguments.kind_windows)
     save_file({name: tensor.contiguous() for name, tensor in ids.items()}, work / "ids.safetensors")

@@ -19,13 +19,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pliant.ladder import Artifact
 from pliant.measure import Reference, tensor_bytes
 from pliant.model import StreamedModel, open_checkpoint
 from pliant.observe import load_text, split, windows
 from pliant.run import load
+from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 OPEN = """
@@ -53,7 +52,7 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.against)
     tokenizer = checkpoint.tokenizer()
     found = windows(split(load_text(arguments.text), "evaluation"), tokenizer)
-    chosen = found[torch.linspace(0, len(found) - 1, arguments.windows).long()]
+    chosen = spread(found, arguments.windows)
     original = StreamedModel(checkpoint, resident=True).module
     reference = Reference.of(original, chosen, key=checkpoint.fingerprint())
     model = load(arguments.artifact, weights=low)

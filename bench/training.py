@@ -40,6 +40,7 @@ from pliant.ladder import Artifact
 from pliant.measure import Reference
 from pliant.model import Checkpoint, StreamedModel, coded_model, open_checkpoint, swap
 from pliant.observe import choose_windows, load_text, split, windows, write_text
+from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 COUNT, LENGTH, SEED = 24, 512, 7
@@ -92,7 +93,7 @@ class Bench:
         calibration = windows(load_text(arguments.text), tokenizer)
         self._calibration = choose_windows(calibration, min(96, len(calibration)), seed=0)
         texts = {
-            "wikitext": found[torch.linspace(0, len(found) - 1, COUNT).long()],
+            "wikitext": spread(found, COUNT),
             "trained on": self._written(COUNT, SEED)[:COUNT],
             "written": self._written(COUNT, SEED + 1000),
         }
