@@ -329,7 +329,7 @@ def test_a_sum_is_one_product(
     """Through the function that is registered for GPUs: the projection, then all in one launch."""
     torch.manual_seed(n)
     monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
-    monkeypatch.setattr(gpu, "_triton", lambda: True)  # of which this product needs nothing
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)  # of which this product needs nothing
     if not GPU:
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))

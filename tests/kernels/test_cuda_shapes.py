@@ -338,7 +338,7 @@ def test_the_registered_product_passes_its_kernel_and_dtype(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
-    monkeypatch.setattr(gpu, "_triton", lambda: True)
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)
     monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(build, "library", lambda *_: LIBRARY)

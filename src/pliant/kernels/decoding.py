@@ -29,7 +29,7 @@ _WHOLE = slice(None)
 
 def decode(code: Code, dtype: torch.dtype = torch.float32) -> Tensor:
     """The matrix [out, in], as `code.decode` gives it; group codes on a GPU in one launch."""
-    if isinstance(code, GroupInt | GroupLevels) and code.device.type == "cuda" and _triton():
+    if isinstance(code, GroupInt | GroupLevels) and code.device.type == "cuda" and has_triton():
         return launched(code, dtype)
     return code.decode(dtype)
 
@@ -73,5 +73,5 @@ def launched(code: Code, dtype: torch.dtype = torch.float32, rows: slice = _WHOL
 
 
 @cache
-def _triton() -> bool:
+def has_triton() -> bool:
     return find_spec("triton") is not None

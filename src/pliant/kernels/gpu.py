@@ -7,8 +7,9 @@ kernels take all. Codebooks and ternary codes: the same by Triton alone. What tu
 scales x before a product is one launch of Triton's. Without Triton, or where gradients are asked
 for, the reference does it all.
 
-Off unless PLIANT_GPU_KERNELS=1 is in the environment: products were checked on an H200
-(bench/kernels.py), whole models were not yet. Off, the reference multiplies.
+Off unless PLIANT_GPU_KERNELS=1 is in the environment: products were checked and timed on an H100
+and an H200 (bench/kernels.py), whole models were not yet beside other projects. Off, the reference
+multiplies.
 
 All read the bytes as they are stored. A sparse term costs 4 bytes a row and up to 3 a value more.
 """
@@ -18,7 +19,6 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -55,7 +55,7 @@ from pliant.kernels.cuda.decode import (
     sparse_terms,
     vector_bytes,
 )
-from pliant.kernels.decoding import launched
+from pliant.kernels.decoding import has_triton, launched
 from pliant.kernels.dispatch import matmul, register
 
 _FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
@@ -269,9 +269,4 @@ def _for_reference(x: Tensor) -> bool:
 
 def wanted() -> bool:
     """Whether the kernels of this file are turned on, and Triton is there."""
-    return os.environ.get("PLIANT_GPU_KERNELS") == "1" and _triton()
-
-
-@cache
-def _triton() -> bool:
-    return find_spec("triton") is not None
+    return os.environ.get("PLIANT_GPU_KERNELS") == "1" and has_triton()

@@ -141,10 +141,6 @@ def _moved(sample: Tensor, importance: Tensor | None, grid: LevelGrid, tables: T
     first = torch.zeros_like(mass)
     mass.index_add_(0, place, cost.expand_as(x).flatten().double())
     first.index_add_(0, place, (cost * x).flatten().double())
-    return _means(mass.view_as(tables), first.view_as(tables), tables)
-
-
-def _means(mass: Tensor, first: Tensor, tables: Tensor) -> Tensor:
-    """Levels [tables, levels] moved to first / mass, where something took them."""
+    mass, first = mass.view_as(tables), first.view_as(tables)
     moved = torch.where(mass > 0, first / mass.clamp_min(1e-300), tables.double())
     return moved.float().sort(1).values
