@@ -142,9 +142,12 @@ def formula(case: Case, multiprocessors: int, most: int = 16) -> Shape:
 
     Long rows want 16 warps, or two blocks of eight where the registers allow no more; so do levels,
     which take more instructions a byte. A block of many rows holds many scales and sums: from four
-    tiles on it is split, too.
+    tiles on it is split, too. Of two bits with packed scales a block has more to do for its scales
+    than for its weights: one of eight warps is enough.
     """
     tiles = _row_tiles(case, multiprocessors)
+    if case.packed and case.kind != "integers" and case.bits <= 2:
+        return Shape(min(8, most), tiles)
     long = case.row_bytes >= _LONG
     if tiles < 4 and long and most >= 16:
         return Shape(16, tiles)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pliant.kernels.streams import launched_on
 
 BLOCK = 256  # columns of a launch
 _SUB = 32  # of them held at once
@@ -180,7 +179,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """number: of levels in a table; 0 for integers, which read no levels."""
     width, rows = columns.shape
-    with torch.cuda.device(columns.device) if columns.is_cuda else nullcontext():
+    with launched_on(columns.device):
         _feedback[(triton.cdiv(rows, _ROWS),)](
             columns, chosen, errors, scales, beside, levels, groups, factor,
             begin, count, rows, width, float(top),

@@ -11,7 +11,6 @@ one of 0 bits, its middle 1.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from pliant.codes import Codebook, GroupInt, GroupLevels, PowerScales, Signed, Ternary
 from pliant.codes.packing import PLANES, plane_bytes
+from pliant.kernels.streams import launched_on
 
 Packed = GroupInt | GroupLevels | Codebook | Ternary
 
@@ -202,7 +202,7 @@ def multiply(
         tile, stages = (of_w, of_x, most), stages or deepest
     rows, columns, inputs = tile
     grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
-    with _on(x):
+    with launched_on(x.device):
         _multiply[grid](
             x, y, n, x.stride(0), x.stride(1), y.stride(0), _row_bytes(code),
             *_stored(code), **_kinds(code, inputs), M=rows, N=columns, K=inputs,
@@ -224,7 +224,7 @@ def decode(
         size = _row_bytes(code)
         tall, inputs = 16, 128
         grid = (triton.cdiv(matrix.shape[0], tall), triton.cdiv(size, inputs))
-        with _on(matrix):
+        with launched_on(matrix.device):
             _decode[grid](
                 matrix, first, last, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
             )
@@ -258,10 +258,6 @@ def _shared_memory(device: torch.device) -> int:
         return 227 << 10
     found = torch.cuda.get_device_properties(device)
     return int(getattr(found, "shared_memory_per_block_optin", 48 << 10))
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _fields(code: Packed) -> int:

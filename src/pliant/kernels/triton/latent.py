@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pliant.kernels.streams import launched_on
 
 _BLOCK = 16  # groups of a launch's program
 
@@ -97,7 +98,7 @@ class _LevelsWeight(torch.autograd.Function):
             "LEVELS": levels.shape[-1], "SIZE": triton.next_power_of_2(size), "BLOCK": _BLOCK,
         }  # fmt: skip
         ctx.unit, ctx.reach, ctx.width = unit, reach, width
-        with _device(position):
+        with launched_on(position.device):
             _scales[(out,)](
                 log_scale, stored, groups, float(2**scale_bits - 1), float(2**scale_bits),
                 HALF=scale_bits == 16, GROUPS=triton.next_power_of_2(groups),
@@ -114,7 +115,7 @@ class _LevelsWeight(torch.autograd.Function):
         position, log_scale, stored, levels = ctx.saved_tensors
         out, groups, size = position.shape
         to_position, to_scale = torch.empty_like(position), torch.empty_like(log_scale)
-        with _device(position):
+        with launched_on(position.device):
             _gradients[(triton.cdiv(out * groups, _BLOCK),)](
                 gradients[0].contiguous(), position, log_scale, stored, levels,
                 to_position, to_scale, out * groups, groups, size, ctx.width, ctx.unit, ctx.reach,
@@ -142,7 +143,3 @@ def levels_weight(
         position, log_scale, levels, unit, reach, scale_bits, width
     )
     return found
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, dtype, empty, float32
 
 from pliant.codes.rotated import blocks as powers
-from pliant.kernels.triton.group import _on
+from pliant.kernels.streams import launched_on
 
 _PART = 4096  # outputs of a program
 _WIDE = 1024  # inputs that a program gathers
@@ -180,7 +180,7 @@ def rotate(
         return y
     parts = sum(max(1, size // _PART) for size in powers(width))
     signed = seed - 2**32 if seed >= 2**31 else seed
-    with _on(x):
+    with launched_on(x.device):
         _rotate[n, parts](
             x, y, x.stride(0), x.stride(1), signed,
             WIDTH=width, BITS=width.bit_length(), PART=_PART.bit_length() - 1,
@@ -201,7 +201,7 @@ def turn(x: Tensor, blocks: Tensor, tail: Tensor, to: dtype | None = None) -> Te
     size = blocks.shape[-1]
     count = width // size
     rows = 16 if n <= 16 else 64
-    with _on(x):
+    with launched_on(x.device):
         _turn[triton.cdiv(n, rows), triton.cdiv(width, size)](
             x, y, blocks, tail, n, x.stride(0), x.stride(1), width, count, size,
             blocks.stride(0) if len(blocks) > 1 else 0, blocks.stride(1), blocks.stride(2),
@@ -218,7 +218,7 @@ def arrange(x: Tensor, order: Tensor | None = None, scale: Tensor | None = None)
     y = empty(n, width, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
-    with _on(x):
+    with launched_on(x.device):
         _arrange[n, triton.cdiv(width, _WIDE)](
             x, y, x if order is None else order, x if scale is None else scale,
             x.stride(0), x.stride(1), width,

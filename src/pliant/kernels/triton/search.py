@@ -7,7 +7,6 @@ so a matrix is read once however many there are.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pliant.kernels.streams import launched_on
 
 LONGEST = 1 << 14  # values of a group that a program holds
 _TILE = 2048  # values of a program, if a group is not longer
@@ -113,7 +114,7 @@ def search_levels(
     selector = torch.empty(shape, dtype=torch.int64, device=weight.device)
     tables = tables.float().contiguous()
     shares = _floats(tuple(clips), weight.device)
-    with _device(weight):
+    with launched_on(weight.device):
         _levels[_programs(losses, sizes)](
             weight, importance, tables, shares, losses, scales, selector,
             losses.numel(), shape[1], group_size, weight.shape[1], weight.stride(0),
@@ -214,7 +215,7 @@ def learn_levels(
     sums = torch.empty(selector.numel(), 2 * levels, device=weight.device)
     shares = _floats(tuple(clips), weight.device)
     together = max(1, 1024 // levels)
-    with _device(weight):
+    with launched_on(weight.device):
         for _ in range(rounds):
             _sums[_programs(selector, sizes)](
                 weight, importance, tables, stored, shares, selector, sums,
@@ -286,7 +287,7 @@ def search_grid(
     scales, zeros = (torch.empty(shape, device=weight.device) for _ in range(2))
     shares = _floats(tuple(clips), weight.device)
     middle = 0.5 if bits == 1 else float(1 << (bits - 1))
-    with _device(weight):
+    with launched_on(weight.device):
         # No product and sum become one operation: a scale is the one that torch finds.
         _grid[_programs(scales, sizes)](
             weight, importance, shares, scales, zeros,
@@ -322,7 +323,3 @@ def _programs(found: Tensor, sizes: dict[str, Any]) -> tuple[int]:
 def _floats(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Kept: copying to a GPU waits for all that it has yet to do."""
     return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

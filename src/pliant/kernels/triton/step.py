@@ -11,7 +11,6 @@ token writes.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from pliant.codes import GroupInt, GroupLevels
+from pliant.kernels.streams import launched_on
 from pliant.kernels.triton.group import _kinds, _row_bytes, _stored, _weights
 
 TILE = 64  # keys and values that a program of attention takes at once
@@ -233,7 +233,7 @@ def embed(
     """Write the row of `code` that is the token's, rounded to row.dtype."""
     size, inputs = _row_bytes(code), 256
     kinds = _kinds(code, inputs)
-    with _on(row):
+    with launched_on(row.device):
         _embed[(triton.cdiv(size, inputs),)](
             token, row, first, size, *_stored(code), **kinds, K=inputs, EARLY=early,
             **_launch(early),
@@ -250,7 +250,7 @@ def add_norm(
 ) -> Tensor:
     """x = RMSNorm(residual + more) * weight ("Root Mean Square Layer Normalization")."""
     width = residual.numel()
-    with _on(x):
+    with launched_on(x.device):
         _add_norm[(1,)](
             residual, residual if more is None else more, weight, x, width, epsilon,
             MORE=more is not None, WIDTH=triton.next_power_of_2(width), EARLY=early,
@@ -262,7 +262,7 @@ def add_norm(
 def gated(gate: Tensor, up: Tensor, x: Tensor, early: bool = False) -> Tensor:
     """x = SiLU(gate) * up, all [1, inner]."""
     width = gate.numel()
-    with _on(x):
+    with launched_on(x.device):
         _gated[(triton.cdiv(width, 512),)](
             gate, up, x, width, WIDTH=512, EARLY=early, **_launch(early)
         )
@@ -333,7 +333,7 @@ def attend(
     shared = shape.heads // shape.kv_heads
     # Tensor cores where all are of one 16-bit type; else what the narrowest holds is kept exactly.
     precise = keys.dtype == torch.float32 or keys.dtype != x.dtype
-    with _on(x):
+    with launched_on(x.device):
         _attend[(shape.kv_heads, shape.parts)](
             *states, *(biases or (filler,) * 3), *(norms or (filler,) * 2),
             shape.cosines, shape.sines, position, keys, values,
@@ -358,7 +358,3 @@ def overlaps(device: torch.device) -> bool:
 
 def _launch(early: bool) -> dict[str, Any]:
     return {"launch_pdl": True} if early else {}
-
-
-def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
