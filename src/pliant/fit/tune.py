@@ -139,7 +139,7 @@ class _Student:
         codes: dict[str, Code] = {name: Dense(leaf) for name, leaf in self._leaves.items()}
         self._module = coded_model(model.config, codes, dict(model.others())).to(model.device)
         self._held: dict[str, int] = {}
-        self._weights: dict[str, Tensor] = {}  # with the graph back to their latents
+        self._trained: dict[str, Latent] = {}  # whose weights the matrices are
         self._graph: _Captured | None = None
         # A router's choices are not for a graph.
         self._captures = model.device.type == "cuda" and all(
@@ -148,16 +148,15 @@ class _Student:
 
     def go_to(self, size: int) -> None:
         """Hold the ladder's rungs for `size` bytes of weights."""
-        self._weights = {}
+        self._trained = {}
         for name, index in self._ladder.allocation(size).items():
             latent, leaf = self._latents.get((name, index)), self._leaves[name]
             if self._graph is None:
                 leaf.grad = None
             if latent is not None:
                 self._held.pop(name, None)
-                weight = latent.weight()
-                self._weights[name] = weight
-                leaf.data.copy_(weight.detach())
+                self._trained[name] = latent
+                latent.write(leaf.data)
             elif self._held.get(name) != index:
                 self._held[name] = index
                 code = self._load(name, index).to(self._model.device)
@@ -186,12 +185,10 @@ class _Student:
 
     def backward(self) -> None:
         """Carry the gradients that the module's matrices have gathered to the latents."""
-        pairs = [
-            (weight, gradient.float())
-            for name, weight in self._weights.items()
-            if (gradient := self._leaves[name].grad) is not None  # an expert may see no token
-        ]
-        torch.autograd.backward([weight for weight, _ in pairs], [grad for _, grad in pairs])
+        for name, latent in self._trained.items():
+            gradient = self._leaves[name].grad
+            if gradient is not None:  # an expert may see no token
+                latent.pull(gradient)
 
     def _divergence(self, ids: Tensor, original: Tensor) -> Tensor:
         """Mean KL, nats a token, of the student from the logits `original` on ids [b, T]."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,19 @@ from pliant.codes import Code, GroupInt, GroupLevels, GroupScales, quantize_scal
 
 _MARGIN = 0.45  # of a step: how far from its grid point a weight may start
 _REACH = 0.5  # steps beyond the outermost grid point at which a weight stops being pulled
+
+
+class Grid(NamedTuple):
+    """What positions are rounded to, and how far beyond it they are still pulled.
+
+    points [out, groups, k]: the levels of each group, rising, or its zero point where `top` is the
+    largest integer. unit: of a level, in scales.
+    """
+
+    points: Tensor
+    reach: float
+    top: int = 0
+    unit: float = 1.0
 
 
 class Latent(ABC):
@@ -39,6 +52,32 @@ class Latent(ABC):
     @abstractmethod
     def encode(self) -> Code:
         """The code of what is learned, of as many bytes as the one that training started from."""
+
+    @abstractmethod
+    def grid(self) -> Grid:
+        """What positions are rounded to."""
+
+    @torch.no_grad()
+    def write(self, out: Tensor) -> None:
+        """`weight()` into out [out, in], of any float type; in two launches on a GPU."""
+        if self.position.is_cuda:
+            from pliant.kernels.triton.latent import write_weight
+
+            write_weight(self.position, self.log_scale, out, self.grid(), self.scale_bits)
+        else:
+            out.copy_(self.weight())
+
+    def pull(self, gradient: Tensor) -> None:
+        """Set the gradients of position and log_scale for that of the weight [out, in]."""
+        if self.position.is_cuda:
+            from pliant.kernels.triton.latent import gradients
+
+            self.position.grad, self.log_scale.grad = gradients(
+                self.position, self.log_scale, gradient, self.grid(), self.scale_bits
+            )
+        else:
+            self.position.grad = self.log_scale.grad = None
+            self.weight().backward(gradient.float())  # type: ignore[no-untyped-call]
 
     def _scales(self) -> Tensor:
         scales = self.log_scale.exp()
@@ -90,6 +129,9 @@ class LatentInt(Latent):
         )
         return self._flat(grouped)
 
+    def grid(self) -> Grid:
+        return Grid(self._zeros, _REACH, top=self._top)
+
     @torch.no_grad()
     def encode(self) -> GroupInt:
         stored = quantize_scales(self.log_scale.exp(), self.scale_bits)
@@ -128,17 +170,13 @@ class LatentLevels(Latent):
         self.log_scale = scales.log().requires_grad_(True)
 
     def weight(self) -> Tensor:
-        if self.position.is_cuda:
-            from pliant.kernels.triton.latent import levels_weight
-
-            return levels_weight(
-                self.position, self.log_scale, self._levels,
-                unit=self._unit, reach=_REACH, scale_bits=self.scale_bits, width=self.width,
-            )  # fmt: skip
         grouped: Tensor = _FakeLevels.apply(  # type: ignore[no-untyped-call]
             self.position, self._scales() * self._unit, self._levels, self._middles
         )
         return self._flat(grouped)
+
+    def grid(self) -> Grid:
+        return Grid(self._levels, _REACH, unit=self._unit)
 
     @torch.no_grad()
     def encode(self) -> GroupLevels:
