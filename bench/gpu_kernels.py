@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,11 @@ from pliant.kernels.cuda import shapes as cuts
 from pliant.kernels.cuda.decode import (
     Shape,
     Terms,
+    choose_shape,
     expand,
     level_digits,
     multiply,
+    multiply_each,
     project,
     sparse_terms,
     vector_bytes,
@@ -489,7 +492,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--seconds", type=float, default=170)
-    parser.add_argument("--only", default="check,decode,batch,sum,prefill,peers,more,other")
+    parser.add_argument(
+        "--only", default="check,decode,together,batch,sum,prefill,peers,more,other"
+    )
     parser.add_argument("--resume", action="store_true", help="go on after a crash of the device")
     parser.add_argument("--began", type=float, default=time.time())
     parser.add_argument("--shapes", type=Path, help="data file to refresh with what was timed")
@@ -586,6 +591,13 @@ def main() -> None:
     for bits, (out, width), digits in product((4, 3, 2), SHAPES, (1, 2)):
         run(f"decode {_kind(digits)}{bits} {out}x{width} g64, 6-bit scales, 4 tables",
             lambda b=bits, o=out, w=width, d=digits: timed(o, w, 1, b, d, True))  # fmt: skip
+    for (bits, digits, packed), outs in product(_TOGETHER, ((4096, 1024, 1024), (14336, 14336))):
+        wide = (
+            "+".join(map(str, outs)) + "x4096" + (" g64, 6-bit scales, 4 tables" if packed else "")
+        )
+        run(f"together {_kind(digits)}{bits} {wide}",
+            lambda b=bits, d=digits, p=packed, o=outs: _time_together(
+                o, 4096, b, d, p, libraries[b, d, False, False].result()))  # fmt: skip
     for bits in (4, 2, 3):
         run(f"decode int{bits} 4096x4096 g64, 6-bit scales, zeros",
             lambda b=bits: timed(4096, 4096, 1, b, packed=True))  # fmt: skip
@@ -613,6 +625,7 @@ def main() -> None:
         shapes.refresh([results.path], options.shapes)
 
 
+_TOGETHER = ((4, 0, False), (2, 0, False), (3, 1, True))  # bits, digits, packed
 _KERNELS = [(b, 0) for b in (4, 2, 3, 8, 1, 5, 6)] + [(b, d) for b in (4, 3, 2) for d in (1, 2)]
 
 
@@ -662,6 +675,42 @@ def _time_sum(out: int, width: int, libraries: Any, results: Results) -> dict[st
     row["us_two_launches"] = time_code(codes, 1, library, before)["us"]
     alone = results.rows.get(f"decode int4 {out}x{width}", {}).get("us")
     return row | ({"slower": row["us"] / alone - 1} if alone else {})
+
+
+def _time_together(
+    outs: tuple[int, ...], width: int, bits: int, digits: int, packed: bool, library: Any
+) -> dict[str, Any]:
+    """Products that share x in one launch, and in one each (`us_apart`), each cut at its best."""
+    x, group = random_x(1, width), 64 if packed else 128
+
+    def made() -> list[Any]:
+        return [random_code(o, width, bits, group, digits=digits, packed=packed) for o in outs]
+
+    sets = [made()]
+    nbytes = sum(code.nbytes for code in sets[0])
+    sets += [made() for _ in range(distinct_of(nbytes) - 1)]
+    alone = [choose_shape(code, 1, library) for code in sets[0]]
+
+    def together(i: int, shape: Shape) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        multiply_each(x, sets[i], library, stream, shape)
+
+    def apart(i: int) -> None:
+        stream = torch.cuda.current_stream().cuda_stream
+        for code, own in zip(sets[i], alone, strict=True):
+            multiply(x, code, library, stream, own)
+
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+    case = replace(cuts.Case.of(sets[0][0], 1), out=sum(outs))
+    took = {}
+    for shape in cuts.candidates(case, count, tuning.most_warps(library, case, x.device)):
+        took[cuts.written(shape)] = microseconds(partial(together, shape=shape), len(sets), True)
+    chosen = cuts.written(choose_shape(sets[0][0], 1, library, rows=sum(outs)))
+    return {
+        "us": min(took.values()), "us_apart": microseconds(apart, len(sets)), "tried": took,
+        "us_as_chosen": took.get(chosen), "gbs": nbytes / min(took.values()) / 1e3,
+        "how": min(took, key=took.__getitem__),
+    }  # fmt: skip
 
 
 def _prefill(out: int, width: int, dense: float, library: Any) -> dict[str, Any]:

@@ -59,9 +59,9 @@ def library(bits: int, digits: int, half: bool, folder: Path, terms: bool = Fals
     return ctypes.CDLL(str(target))
 
 
-def coded(form: Form, digits: int, out: int, width: int) -> GroupInt | GroupLevels:
+def coded(form: Form, digits: int, out: int, width: int, seed: int = 0) -> GroupInt | GroupLevels:
     """A random code whose levels take so many digits, lopsided tables among them."""
-    code = group_code(form, out, width)
+    code = group_code(form, out, width, seed)
     assert isinstance(code, GroupInt | GroupLevels)
     if isinstance(code, GroupLevels) and digits == 1:
         lean = torch.tensor([0.0, 0.8, -0.8])[: len(code.tables), None]
@@ -183,6 +183,68 @@ def test_an_input_far_larger_than_its_neighbours_costs_them_little(
         y = decode.multiply(x, code, kernel, stream(), Shape(4, 2))
         assert y[0].isfinite().all()
         assert not y[2].isfinite().any()
+
+
+@pytest.mark.parametrize("built", BUILDS, ids=str)
+@pytest.mark.parametrize("outs", [(40, 9), (17, 64, 5), (1, 1, 33)])
+@pytest.mark.parametrize(("scale_bits", "zeros"), [(16, False), (6, True)])
+def test_codes_of_one_form_share_a_launch(
+    folder: Path, built: tuple[int, int, bool], outs: tuple[int, ...], scale_bits: int, zeros: bool
+) -> None:
+    """Each has its own planes, scales, zero points or tables, and steps of these."""
+    bits, digits, half = built
+    base = Form(bits, digits > 0, 64, scale_bits, zeros)
+    codes = [coded(base, digits, out, 1024, seed=out + i) for i, out in enumerate(outs)]
+    assert len({decode.form(code) for code in codes}) == 1
+    x = torch.randn(1, 1024, device=DEVICE).to(torch.float16 if half else torch.bfloat16)
+    kernel = library(*built, folder)
+    for shape in (Shape(4, 1), Shape(2, 2, slab=3)):
+        found = decode.multiply_each(x, codes, kernel, stream(), shape)
+        for y, code in zip(found, codes, strict=True):
+            weight = code.decode(torch.float64)
+            exact = x.double() @ weight.t()
+            assert error_in_roundings(y, exact, usual(x, weight)) < 1.2
+            alone = decode.multiply(x, code, kernel, stream(), shape)
+            torch.testing.assert_close(y, alone, rtol=0, atol=0)
+
+
+def test_products_that_share_x_share_launches_where_their_form_is_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_gpu(monkeypatch, lambda bits, digits, half, terms=False: library(bits, digits, half, folder))
+    launches: list[int] = []
+
+    def counting(x: Tensor, codes: list[Any], *given: Any) -> list[Tensor]:
+        launches.append(len(codes))
+        return decode.multiply_each(x, codes, *given)
+
+    monkeypatch.setattr(gpu, "multiply_each", counting)
+    four, three = Form(4, False, 64, 16, True), Form(3, False, 64, 16, True)
+    codes = [
+        group_code(form, out, 512, seed=out).to(DEVICE)
+        for form, out in ((four, 40), (three, 9), (four, 33), (three, 5), (four, 2), (four, 7))
+    ]
+    codes.append(Dense(torch.randn(4, 512, device=DEVICE).bfloat16()))
+    x = torch.randn(1, 512, device=DEVICE).bfloat16()
+    found = gpu.together(x, codes)
+    assert launches == [3, 2]  # three of the four of 4 bits, and those of 3 bits
+    assert [y is not None for y in found] == [True, True, True, True, True, False, False]
+    for y, code in zip(found[:5], codes[:5], strict=True):
+        assert y is not None
+        weight = code.decode(torch.float64)
+        assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
+    assert gpu.together(x.repeat(2, 1), codes) == [None] * 7
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    """The functions that are registered for GPUs, with libraries of `made` where there is none."""
+    monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
+    monkeypatch.setattr(gpu, "has_triton", lambda: True)  # of which these products need nothing
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+        monkeypatch.setattr(build, "library", made)
+        monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 2))
 
 
 @pytest.mark.parametrize("limit", [36 << 10, 60 << 10])
@@ -328,14 +390,7 @@ def test_a_sum_is_one_product(
 ) -> None:
     """Through the function that is registered for GPUs: the projection, then all in one launch."""
     torch.manual_seed(n)
-    monkeypatch.setenv("PLIANT_GPU_KERNELS", "1")
-    monkeypatch.setattr(gpu, "has_triton", lambda: True)  # of which this product needs nothing
-    if not GPU:
-        monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-        kernel = library(3, 0, False, folder, True)
-        monkeypatch.setattr(build, "library", lambda *_: kernel)
-        monkeypatch.setattr(gpu, "choose_shape", lambda *_: Shape(4, 2))
+    on_gpu(monkeypatch, lambda *_: library(3, 0, False, folder, True))
     low = LowRank(
         Dense(torch.randn(21, 5).half()), Dense((torch.randn(5, width) * 0.03).bfloat16())
     )

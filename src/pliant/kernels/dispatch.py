@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -12,8 +12,10 @@ from pliant.errors import PliantError
 from pliant.kernels.activations import rounded
 
 Kernel = Callable[[Tensor, Code], Tensor]
+Together = Callable[[Tensor, Sequence[Code]], list[Tensor | None]]
 
 _KERNELS: dict[tuple[type[Code], str | None], Kernel] = {}
+_TOGETHER: dict[str, Together] = {}
 
 
 def register(code_type: type[Code], device_type: str | None = None) -> Callable[[Kernel], Kernel]:
@@ -43,3 +45,26 @@ def matmul(x: Tensor, code: Code) -> Tensor:
         if key in _KERNELS:
             return _KERNELS[key](flat, code).reshape(*x.shape[:-1], out)
     raise PliantError(f"no kernel multiplies a {type(code).__name__}")
+
+
+def register_together(device_type: str) -> Callable[[Together], Together]:
+    """Make a function the one that multiplies several codes at once on "cuda", ...
+
+    It gets x [n, in] and the codes, and returns [n, out] in x.dtype for each that it took, None for
+    the others.
+    """
+
+    def record(together: Together) -> Together:
+        _TOGETHER[device_type] = together
+        return together
+
+    return record
+
+
+def matmul_each(x: Tensor, codes: Sequence[Code]) -> list[Tensor]:
+    """`matmul` of x [n, in] with each of the codes, in fewer launches where a device can."""
+    found: list[Tensor | None] = [None] * len(codes)
+    alike = all(code.shape[1] == x.shape[-1] and rounded(x, code) is x for code in codes)
+    if len(codes) > 1 and len(x) and alike and x.device.type in _TOGETHER:
+        found = _TOGETHER[x.device.type](x, codes)
+    return [matmul(x, code) if y is None else y for y, code in zip(found, codes, strict=True)]

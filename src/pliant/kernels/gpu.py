@@ -17,6 +17,7 @@ All read the bytes as they are stored. A sparse term costs 4 bytes a row and up 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -46,17 +47,20 @@ from pliant.kernels import reference
 from pliant.kernels.activations import rounded
 from pliant.kernels.cuda import build
 from pliant.kernels.cuda.decode import (
+    MOST_CODES,
     MOST_ROWS,
     Terms,
     choose_shape,
     expand,
+    form,
     level_digits,
     multiply,
+    multiply_each,
     sparse_terms,
     vector_bytes,
 )
 from pliant.kernels.decoding import has_triton, launched
-from pliant.kernels.dispatch import matmul, register
+from pliant.kernels.dispatch import matmul, register, register_together
 
 _FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
 
@@ -80,6 +84,34 @@ def group(x: Tensor, code: Code) -> Tensor:
     if len(x) <= _FEW:
         return triton_group.multiply(x, code)
     return _by_decoding(x, code)
+
+
+@register_together("cuda")
+def together(x: Tensor, codes: Sequence[Code]) -> list[Tensor | None]:
+    """One row of x times group codes: those of one form share a launch."""
+    found: list[Tensor | None] = [None] * len(codes)
+    if len(x) != 1 or _for_reference(x):
+        return found
+    alike: dict[Any, list[int]] = {}
+    for i, code in enumerate(codes):
+        if isinstance(code, GroupInt | GroupLevels) and _library(x, code) is not None:
+            alike.setdefault(form(code), []).append(i)
+    x = _aligned(x)
+    for members in alike.values():
+        for start in range(0, len(members), MOST_CODES):
+            some = members[start : start + MOST_CODES]
+            if len(some) > 1:
+                for i, y in zip(some, _each(x, [codes[i] for i in some]), strict=True):
+                    found[i] = y
+    return found
+
+
+def _each(x: Tensor, codes: list[Any]) -> list[Tensor]:
+    library, rows = _library(x, codes[0]), sum(code.shape[0] for code in codes)
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        shape = choose_shape(codes[0], 1, library, Terms(), x.dtype, rows)
+        return multiply_each(x, codes, library, stream, shape)
 
 
 @register(Codebook, "cuda")

@@ -18,7 +18,7 @@ from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
 from pliant.codes import Code, GroupInt, GroupLevels, RowStack
 from pliant.errors import PliantError
-from pliant.kernels import matmul
+from pliant.kernels import matmul_each
 from pliant.kernels.cpu.structs import Unsuited
 from pliant.kernels.streams import aside
 from pliant.kernels.triton import step as kernels
@@ -257,15 +257,16 @@ class GraphStep:
 
 
 def _products(x: Tensor, *products: Product) -> list[Tensor]:
-    """Products that share x. Codes of one form and width could share a launch, too: here."""
-    return [_product(x, product) for product in products]
+    """Products that share x; codes of one form share a launch, too."""
+    found = matmul_each(x, [product.code for product in products])
+    for y, product in zip(found, products, strict=True):
+        if product.bias is not None:
+            y += product.bias
+    return found
 
 
 def _product(x: Tensor, product: Product) -> Tensor:
-    y = matmul(x, product.code)
-    if product.bias is not None:
-        y += product.bias
-    return y
+    return _products(x, product)[0]
 
 
 def _leaves(code: Code) -> list[Code]:

@@ -9,7 +9,7 @@ static std::vector<uint8_t> memory;
 constexpr uint8_t kUnset = 0xff;
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
-static void body() { decode_block<VEC, LOADS, DEPTH, TILES>(args, memory.data()); }
+static void body() { decode_block<VEC, LOADS, DEPTH, TILES>(args, blockIdx.x, memory.data()); }
 
 template <int VEC, int LOADS, int DEPTH, int TILES>
 static int launch(int warps) {
@@ -20,6 +20,25 @@ static int launch(int warps) {
   for (int i = 0; i < blocks; i++) {
     memory.assign(size + 4096, kUnset);
     emulate::run_block(i, 32 * (warps + TERMS), body<VEC, LOADS, DEPTH, TILES>);
+    for (size_t k = size; k < memory.size(); k++)
+      if (memory[k] != kUnset) return -2;
+  }
+  return 0;
+}
+static Each each;
+template <int VEC, int LOADS, int DEPTH>
+static void body_each() {
+  int block = blockIdx.x;
+  const Args a = one_of(each, block);
+  decode_block<VEC, LOADS, DEPTH, 0>(a, block, memory.data());
+}
+template <int VEC, int LOADS, int DEPTH>
+static int launch_each(int warps) {
+  const size_t size = layout_of(each.of[0], VEC, LOADS, DEPTH, warps).total;
+  gridDim = {static_cast<unsigned>(each.first[kEach]), 1, 1};
+  for (int i = 0; i < each.first[kEach]; i++) {
+    memory.assign(size + 4096, kUnset);
+    emulate::run_block(i, 32 * warps, body_each<VEC, LOADS, DEPTH>);
     for (size_t k = size; k < memory.size(); k++)
       if (memory[k] != kUnset) return -2;
   }
@@ -52,6 +71,19 @@ extern "C" int pliant_decode(const Args* a, int vec, int loads, int depth, int t
   args = *a;
 #define PLIANT_CASE(V, L, D, T) \
   if (vec == V && loads == L && depth == D && tiles == T) return launch<V, L, D, T>(warps);
+  PLIANT_EACH_CASE
+  return -1;
+}
+
+#undef PLIANT_CASE
+extern "C" int pliant_decode_each(const Args* all, int count, int vec, int loads, int depth, int warps, int,
+                                  void*) {
+  each = {};
+  for (int i = 0; i < count; i++) each.of[i] = all[i];
+  share_blocks(each, count);
+#define PLIANT_CASE(V, L, D, T)   \
+  if constexpr (T == 0 && !TERMS) \
+    if (vec == V && loads == L && depth == D) return launch_each<V, L, D>(warps);
   PLIANT_EACH_CASE
   return -1;
 }

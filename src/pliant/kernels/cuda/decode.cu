@@ -216,6 +216,11 @@ __device__ __forceinline__ float brain_float(uint16_t b) {
 __device__ __forceinline__ float x_float(uint16_t v) { return HALF ? half_float(v) : brain_float(v); }
 __device__ __forceinline__ uint16_t float_x(float f) { return HALF ? float_half(f) : float_brain(f); }
 
+// planes[i], the pointers in registers.
+__device__ __forceinline__ const uint8_t* plane_of(const uint8_t* const* planes, int i) {
+  return i == 0 ? planes[0] : i == 1 ? planes[1] : planes[2];
+}
+
 // One stored integer of `bits` bits at [row, column] of packed planes of `columns` columns.
 __device__ __forceinline__ int packed_value(const uint8_t* const* planes, int bits, int64_t row,
                                             int column, int columns) {
@@ -224,7 +229,7 @@ __device__ __forceinline__ int packed_value(const uint8_t* const* planes, int bi
     if (bits == 8 ? p != 8 : (p == 8 || !(bits & p))) continue;
     const int bytes = (columns * p + 7) / 8;
     const int field = column / bytes;
-    const int byte = planes[index++][row * bytes + column - field * bytes];
+    const int byte = plane_of(planes, index++)[row * bytes + column - field * bytes];
     value |= ((byte >> (field * p)) & ((1 << p) - 1)) << shift;
     shift += p;
   }
@@ -241,8 +246,8 @@ __device__ __forceinline__ uint32_t packed_four(const uint8_t* const* planes, in
     if (bits == 8 ? p != 8 : (p == 8 || !(bits & p))) continue;
     const int bytes = columns * p / 8;
     const int field = column / bytes;
-    const uint32_t word =
-        __ldg(reinterpret_cast<const uint32_t*>(planes[index++] + row * bytes + column - field * bytes));
+    const uint8_t* from = plane_of(planes, index++) + row * bytes + column - field * bytes;
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(from));
     value |= (word >> (field * p) & ((1u << p) - 1) * 0x01010101u) << shift;
     shift += p;
   }
@@ -255,7 +260,7 @@ __device__ __forceinline__ bool in_fours(const uint8_t* const* planes, int bits,
   int index = 0;
   for (int p = 8; p; p >>= 1)
     if (bits == 8 ? p == 8 : p < 8 && bits & p)
-      aligned = aligned && reinterpret_cast<uintptr_t>(planes[index++]) % 4 == 0;
+      aligned = aligned && reinterpret_cast<uintptr_t>(plane_of(planes, index++)) % 4 == 0;
   return aligned;
 }
 
@@ -708,8 +713,41 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
   }
 }
 
+// Products of one row of x with up to three codes of one form: what differs is where they are.
+constexpr int kEach = 3;
+struct Each {
+  Args of[kEach];
+  int32_t first[kEach + 1];  // block of each, and the number of all
+};
+
+// The product of a block, which becomes the product's own.
+__device__ __forceinline__ Args one_of(const Each& e, int& block) {
+  Args a = e.of[0];
+  const int all = block;
+#pragma unroll
+  for (int i = 1; i < kEach; i++) {
+    if (all < e.first[i]) continue;
+    const Args& b = e.of[i];
+#pragma unroll
+    for (int j = 0; j < 3; j++)
+      a.planes[j] = b.planes[j], a.scale_planes[j] = b.scale_planes[j], a.zero_planes[j] = b.zero_planes[j];
+    a.row_scale = b.row_scale, a.tables = b.tables, a.level_step = b.level_step;
+    a.y = b.y, a.out = b.out;
+    block = all - e.first[i];
+  }
+  return a;
+}
+// Sets the blocks of the first `count` products; those that are not there have none.
+inline void share_blocks(Each& e, int count) {
+  e.first[0] = 0;
+  for (int i = 0; i < kEach; i++) {
+    const int rows = 16 * e.of[0].row_tiles;
+    e.first[i + 1] = e.first[i] + (i < count ? (e.of[i].out + rows - 1) / rows : 0);
+  }
+}
+
 template <int VEC, int LOADS, int DEPTH, int TILES>
-__device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
+__device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* shared) {
   constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS, kWords = VEC / 4;
   constexpr int kTiles = TILES ? TILES : 1;                             // of columns
   constexpr int kTogether = TILES ? 1 : kSlices < 4 ? kSlices : 4;      // slices of an accumulator
@@ -722,12 +760,12 @@ __device__ __forceinline__ void decode_block(const Args& a, uint8_t* shared) {
   const int chunks = bytes / kUnit;
   const int before = projection_blocks(a);
   let_next_start();
-  if (static_cast<int>(blockIdx.x) < before) {
+  if (block < before) {
     project_block(a, reinterpret_cast<float*>(shared));
     count_done(a);
     return;
   }
-  const int first_row = (blockIdx.x - before) * 16 * a.row_tiles;
+  const int first_row = (block - before) * 16 * a.row_tiles;
   const int rows = min(a.out - first_row, 16 * a.row_tiles), tiles = (rows + 15) / 16;
   constexpr int kStage = 2 * kSegments * LOADS * VEC * 32;
   uint8_t* ring = shared + opaque(layout.ring + warp * DEPTH * kStage + lane * VEC);
@@ -1203,7 +1241,25 @@ __global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
                                   TERMS && !TILES && LEVELS < 2 && kSegments * LOADS <= 3 ? 2 : 1)
     decode(const __grid_constant__ Args a) {
   extern __shared__ __align__(16) uint8_t shared[];
-  decode_block<VEC, LOADS, DEPTH, TILES>(a, shared);
+  decode_block<VEC, LOADS, DEPTH, TILES>(a, blockIdx.x, shared);
+}
+
+template <int VEC, int LOADS, int DEPTH>
+__global__ void __launch_bounds__(32 * most_warps(LOADS, 0), 1) decode_each(const __grid_constant__ Each e) {
+  extern __shared__ __align__(16) uint8_t shared[];
+  int block = blockIdx.x;
+  const Args a = one_of(e, block);
+  decode_block<VEC, LOADS, DEPTH, 0>(a, block, shared);
+}
+
+// Lets a kernel take so many bytes of shared memory; once is enough.
+template <typename... T>
+static cudaError_t allow(void (*kernel)(T...), int bytes, int& allowed) {
+  if (bytes <= allowed) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed = bytes;
+  return error;
 }
 
 template <typename... T, typename... A>
@@ -1226,15 +1282,18 @@ template <int VEC, int LOADS, int DEPTH, int TILES>
 static int launch(const Args& a, int warps, bool overlap, cudaStream_t stream) {
   const int bytes = layout_of(a, VEC, LOADS, DEPTH, warps).total;
   static int allowed = 48 << 10;
-  if (bytes > allowed) {
-    cudaError_t error = cudaFuncSetAttribute(decode<VEC, LOADS, DEPTH, TILES>,
-                                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    if (error != cudaSuccess) return error;
-    allowed = bytes;
-  }
+  if (const cudaError_t error = allow(decode<VEC, LOADS, DEPTH, TILES>, bytes, allowed)) return error;
   const int blocks =
       projection_blocks(a) + (a.out + 16 * a.row_tiles - 1) / (16 * a.row_tiles);
   return start(decode<VEC, LOADS, DEPTH, TILES>, blocks, 32 * (warps + TERMS), bytes, overlap, stream, a);
+}
+
+template <int VEC, int LOADS, int DEPTH>
+static int launch_each(const Each& e, int warps, bool overlap, cudaStream_t stream) {
+  const int bytes = layout_of(e.of[0], VEC, LOADS, DEPTH, warps).total;
+  static int allowed = 48 << 10;
+  if (const cudaError_t error = allow(decode_each<VEC, LOADS, DEPTH>, bytes, allowed)) return error;
+  return start(decode_each<VEC, LOADS, DEPTH>, e.first[kEach], 32 * warps, bytes, overlap, stream, e);
 }
 
 extern "C" {
@@ -1250,6 +1309,20 @@ int pliant_decode(const Args* a, int vec, int loads, int depth, int tiles, int w
 #define PLIANT_CASE(V, L, D, T)                                    \
   if (vec == V && loads == L && depth == D && tiles == T)          \
     return launch<V, L, D, T>(*a, warps, overlap, s);
+  PLIANT_EACH_CASE
+#undef PLIANT_CASE
+  return -1;
+}
+// The same for one row of x and `count` codes, up to kEach, of one form, without other terms.
+int pliant_decode_each(const Args* each, int count, int vec, int loads, int depth, int warps, int overlap,
+                       void* stream) {
+  Each e = {};
+  for (int i = 0; i < count; i++) e.of[i] = each[i];
+  share_blocks(e, count);
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+#define PLIANT_CASE(V, L, D, T)                                                    \
+  if constexpr (T == 0 && !TERMS)                                                  \
+    if (vec == V && loads == L && depth == D) return launch_each<V, L, D>(e, warps, overlap, s);
   PLIANT_EACH_CASE
   return -1;
 }

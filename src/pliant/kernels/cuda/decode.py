@@ -6,6 +6,7 @@ Which codes the CUDA kernel takes, how it cuts the work, and the call. See decod
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -19,6 +20,7 @@ from pliant.codes.packing import PLANES
 from pliant.errors import PliantError
 
 MOST_ROWS = 16  # of x in one launch
+MOST_CODES = 3  # of one form, with one row of x
 _SHARED = 226 << 10  # bytes of shared memory that a block may take on compute capability 9.0
 _SHARED_AIM = 112 << 10  # so that the next launch's block fits beside this one's
 
@@ -125,11 +127,7 @@ def multiply(
     """
     n, out = x.shape[0], code.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device) if y is None else y
-    vec = vector_bytes(code)
-    args = _Args.from_buffer_copy(_stored(code))
-    args.x, args.y, args.n, args.y_stride = x.data_ptr(), y.data_ptr(), n, y.stride(0)
-    if isinstance(code, GroupLevels):
-        args.level_step = _level_step(code)  # NaN shows in a product of the wrong library
+    args = _product(x, code, y)
     if terms.factor is not None and terms.middle is not None:
         args.factor, args.middle = terms.factor.data_ptr(), terms.middle.data_ptr()
         args.rank, args.late = terms.factor.shape[1], terms.late
@@ -140,17 +138,70 @@ def multiply(
     if terms.values is not None and terms.columns is not None and terms.starts is not None:
         args.sparse_values, args.sparse_columns = terms.values.data_ptr(), terms.columns.data_ptr()
         args.sparse_starts = terms.starts.data_ptr()
-    loads = _loads(code, vec, n, shape)
     tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
-    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(loads, tiles)))
-    depth = _fit(args, code, vec, loads, shape, library)
+    vec, loads, depth, warps = _cut(args, code, n, tiles, shape, library)
     status = library.pliant_decode(
-        ctypes.byref(args), vec, loads, depth, tiles, shape.warps, int(shape.overlap),
+        ctypes.byref(args), vec, loads, depth, tiles, warps, int(shape.overlap),
         ctypes.c_void_p(stream),
     )  # fmt: skip
     if status:
         raise PliantError(f"the decode kernel did not start (error {status})")
     return y
+
+
+def multiply_each(
+    x: Tensor,  # [1, in] fp16 or bf16, contiguous
+    codes: Sequence[GroupInt | GroupLevels],  # up to MOST_CODES, of one `form`
+    library: Any,
+    stream: int,
+    shape: Shape = Shape(),
+) -> list[Tensor]:
+    """x times the transpose of each code, in one launch: [1, out] of each, in x.dtype.
+
+    library: `build.library` of the codes' form and digits, without terms.
+    """
+    products = [torch.empty(1, code.shape[0], dtype=x.dtype, device=x.device) for code in codes]
+    args = (_Args * len(codes))(
+        *(_product(x, code, y) for code, y in zip(codes, products, strict=True))
+    )
+    vec, loads, depth, warps = _cut(args[0], codes[0], 1, 0, shape, library)
+    status = library.pliant_decode_each(
+        args, len(codes), vec, loads, depth, warps, int(shape.overlap), ctypes.c_void_p(stream)
+    )
+    if status:
+        raise PliantError(f"the decode kernel did not start (error {status})")
+    return products
+
+
+def form(code: GroupInt | GroupLevels) -> tuple[Any, ...]:
+    """What codes share that one launch of `multiply_each` takes together."""
+    scales = code.stored_scales
+    base = scales.base if isinstance(scales, PowerScales) else None
+    beside = code.zeros if isinstance(code, GroupInt) else code.selector
+    tables = len(code.tables) if isinstance(code, GroupLevels) else 0
+    return (
+        *(type(code), code.bit_width, level_digits(code), code.width, code.group_size),
+        *(type(scales), scales.bits, scales.row_scale is None, base, beside is None, tables),
+        vector_bytes(code),
+    )
+
+
+def _product(x: Tensor, code: GroupInt | GroupLevels, y: Tensor) -> _Args:
+    args = _Args.from_buffer_copy(_stored(code))
+    args.x, args.y, args.n, args.y_stride = x.data_ptr(), y.data_ptr(), len(x), y.stride(0)
+    if isinstance(code, GroupLevels):
+        args.level_step = _level_step(code)  # NaN shows in a product of the wrong library
+    return args
+
+
+def _cut(
+    args: _Args, code: GroupInt | GroupLevels, n: int, tiles: int, shape: Shape, library: Any
+) -> tuple[int, int, int, int]:
+    """(bytes of a lane's load, loads of a chunk, the ring's depth, warps); the rest is in args."""
+    vec = vector_bytes(code)
+    loads = _loads(code, vec, n, shape)
+    shape = replace(shape, warps=min(shape.warps, library.pliant_warps(loads, tiles)))
+    return vec, loads, _fit(args, code, vec, loads, shape, library), shape.warps
 
 
 def expand(
@@ -182,14 +233,16 @@ def choose_shape(
     library: Any = None,
     terms: Terms = Terms(),
     dtype: torch.dtype = torch.bfloat16,
+    rows: int = 0,
 ) -> Shape:
     """How to cut the product with `n` rows of x in dtype: see tuning.py.
 
-    library: `multiply`'s, with which it may be tuned on first use; None: it is not.
+    library: `multiply`'s, with which it may be tuned on first use; None: it is not. rows: of all
+    codes of a launch of `multiply_each`, where they are several.
     """
     from pliant.kernels.cuda import tuning  # which calls `multiply`
 
-    return tuning.choose(code, n, library, terms, dtype)
+    return tuning.choose(code, n, library, terms, dtype, rows)
 
 
 @cache

@@ -52,20 +52,22 @@ _CHOSEN: dict[tuple[Case, Gpu], Shape] = {}
 
 def choose(
     code: GroupInt | GroupLevels, n: int, library: Any = None, terms: Terms = Terms(),
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype = torch.bfloat16, rows: int = 0,
 ) -> Shape:  # fmt: skip
     """The shape of x [n, in] in dtype times the code and the terms.
 
-    library: of `build.library`, with which it may be tuned; None: it is not.
+    library: of `build.library`, with which it may be tuned; None: it is not. rows: of a launch of
+    several codes like this one, which is cut as one tall code would be and never tuned.
     """
     case, gpu = Case.of(code, n, terms), Gpu.of(code.device)
+    case = replace(case, out=rows or case.out)
     if gpu is None:
         return formula(case, 132, most_warps(library, case, code.device))
     known = _CHOSEN.get((case, gpu))
     if known is not None:
         return known
     shape = shipped().shape(case, gpu)
-    tunable = library is not None and wanted() and code.planes[0].numel() >= _LEAST
+    tunable = library is not None and wanted() and code.planes[0].numel() >= _LEAST and not rows
     later = False
     if shape is None and tunable:
         cached = Cached.of(gpu)
