@@ -395,11 +395,12 @@ def time_other(kind: str, out: int, width: int, dense: float) -> dict[str, Any]:
 
 
 def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str, float]]:
-    """(way, microseconds): decoded whole then multiplied by cuBLAS, and fused in several tiles.
+    """(way, microseconds): decoded whole then multiplied by cuBLAS, and widened on the way.
 
     Decoded by the CUDA kernel and, to compare, by Triton's.
     """
     from pliant.kernels.triton import group as triton_group
+    from pliant.kernels.triton import prefill
 
     x = random_x(n, codes[0].width)
 
@@ -415,28 +416,22 @@ def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str,
             f"{name} + cuBLAS",
             microseconds(lambda i, d=decode: _call(F.linear, x, d(i)), len(codes), True),
         )
-    for tile, warps, stages in (
-        ((128, 128, 64), 4, 3), ((128, 128, 64), 8, 3), ((128, 256, 64), 8, 3),
-        ((64, 256, 64), 4, 3), ((128, 128, 32), 4, 4), ((128, 64, 64), 4, 3),
-    ):  # fmt: skip
+    for tile, warps, stages in product(
+        ((128, 128), (128, 256), (128, 64), (64, 128)), (4, 8), (2, 3, 4)
+    ):
+        if tile[0] * tile[1] // (32 * warps) > 128:  # sums that a thread would hold
+            continue
         try:
             took = microseconds(
-                lambda i, t=tile, w=warps, s=stages: fused(x, codes[i], t, w, s), len(codes), True
-            )
-            yield f"fused {tile} {warps} warps {stages} stages", took
+                lambda i, t=tile, w=warps, s=stages: _call(
+                    prefill.multiply, x, codes[i], t, w, s
+                ), len(codes), True,
+            )  # fmt: skip
+            yield f"widened {tile} {warps} warps {stages} stages", took
         except Exception as error:
             print(
-                "  fused", tile, warps, stages, type(error).__name__, str(error)[:100], flush=True
+                "  widened", tile, warps, stages, type(error).__name__, str(error)[:100], flush=True
             )
-
-
-def fused(x: Tensor, code: Code, tile: tuple[int, int, int], warps: int, stages: int) -> None:
-    from pliant.kernels.triton import group as triton_group
-
-    triton_group.multiply(x, code, tile, warps, stages)
-
-
-# ---- peers --------------------------------------------------------------------------------------
 
 
 def tinygemm_time(out: int, width: int, n: int, group: int = 128) -> float:
