@@ -236,7 +236,9 @@ __device__ __forceinline__ int packed_value(const uint8_t* const* planes, int bi
   return value;
 }
 
-// Four neighbours of them, a byte each, the first at a column that is a multiple of four.
+// Four neighbours of them, a byte each, the first at a column that is a multiple of four. HELD: the
+// planes are in shared memory.
+template <bool HELD>
 __device__ __forceinline__ uint32_t packed_four(const uint8_t* const* planes, int bits, int64_t row,
                                                 int column, int columns) {
   uint32_t value = 0;
@@ -246,8 +248,9 @@ __device__ __forceinline__ uint32_t packed_four(const uint8_t* const* planes, in
     if (bits == 8 ? p != 8 : (p == 8 || !(bits & p))) continue;
     const int bytes = columns * p / 8;
     const int field = column / bytes;
-    const uint8_t* from = plane_of(planes, index++) + row * bytes + column - field * bytes;
-    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(from));
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(plane_of(planes, index++) + row * bytes +
+                                                             column - field * bytes);
+    const uint32_t word = HELD ? *from : __ldg(from);
     value |= (word >> (field * p) & ((1u << p) - 1) * 0x01010101u) << shift;
     shift += p;
   }
@@ -497,11 +500,58 @@ __device__ __forceinline__ float about_table(int table, const float* beside) {
   return __uint_as_float(middle | static_cast<uint32_t>(table * kTableBytes));
 }
 
+// Packed scales, zero points or selectors, and factors of a block's rows, as they are stored.
+struct Held {
+  const uint8_t *scales[3], *extra[3];
+  const uint16_t* factors;  // null: not held
+};
+
+// Starts to copy them to where the digits of x will be; false, and nothing done, where they do not fit
+// there, or are not read four at once.
+__device__ __forceinline__ bool hold_scales(const Args& a, const Layout& layout, uint8_t* shared, int first_row,
+                                            int rows, Held& held) {
+  const int extra_bits = LEVELS ? a.selector_bits : a.zero_planes[0] ? BITS : 0;
+  const int values = rows * a.groups;
+  const bool factors = a.row_scale && a.out % 2 == 0 && reinterpret_cast<uintptr_t>(a.row_scale) % 4 == 0;
+  if (a.scale_kind == 0 || !in_fours(a.scale_planes, a.scale_bits, a.groups) ||
+      (extra_bits && !in_fours(a.zero_planes, extra_bits, a.groups)) ||
+      values / 8 * (a.scale_bits + extra_bits) + 4 * rows > layout.steps - layout.digits)
+    return false;
+  uint8_t* to = shared + layout.digits;
+  auto copy = [&](const uint8_t* from, int bytes) {  // both of whole words
+    for (int i = threadIdx.x * 4; i < bytes; i += blockDim.x * 4) copy_ahead<4>(to + i, from + i);
+    const uint8_t* there = to;
+    to += bytes;
+    return there;
+  };
+  auto planes = [&](const uint8_t* const* from, int bits, const uint8_t** there) {
+    int index = 0;
+#pragma unroll
+    for (int p = 8; p; p >>= 1) {
+      if (bits == 8 ? p != 8 : (p == 8 || !(bits & p))) continue;
+      const int bytes = a.groups * p / 8;
+      const uint8_t* at = copy(plane_of(from, index) + static_cast<int64_t>(first_row) * bytes, rows * bytes);
+      if (index == 0) there[0] = at;
+      if (index == 1) there[1] = at;
+      if (index == 2) there[2] = at;
+      index++;
+    }
+  };
+  planes(a.scale_planes, a.scale_bits, held.scales);
+  if (extra_bits) planes(a.zero_planes, extra_bits, held.extra);
+  held.factors = nullptr;
+  if (factors)  // in whole words: where rows are odd, one more, which is there
+    held.factors = reinterpret_cast<const uint16_t*>(
+        copy(reinterpret_cast<const uint8_t*>(a.row_scale + first_row), (rows + 1) / 2 * 4));
+  return true;
+}
+
 // Scales of the block's rows for the units of a slab; and of their zero points how much they are
 // more than the middle one, over the middle one, or `about_table`.
 template <int UNIT>
 __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout, uint8_t* shared,
-                                             int first_row, int rows, int begin, int count, int bytes) {
+                                             int first_row, int rows, int begin, int count, int bytes,
+                                             bool hold, const Held& held) {
   float* scales = reinterpret_cast<float*>(shared + layout.scales);
   float* extra = reinterpret_cast<float*>(shared + layout.extra);
   const int units = kSlices * count;
@@ -537,32 +587,47 @@ __device__ __forceinline__ void stage_scales(const Args& a, const Layout& layout
   }
   const int padded = (rows + 15) / 16 * 16;  // rows that are not there as the last one
   const int extra_bits = LEVELS ? a.selector_bits : a.zero_planes[0] ? BITS : 0;
-  if (whole && a.scale_kind != 0 && in_fours(a.scale_planes, a.scale_bits, a.groups) &&
-      (!extra_bits || in_fours(a.zero_planes, extra_bits, a.groups))) {
-    const int fours = a.groups / 4, of_group = a.group_size / UNIT;
+  const int fours = a.groups / 4, of_group = a.group_size / UNIT;
+  auto put = [&](int i, uint32_t q, uint32_t chosen, float factor) {
+    const int row = i / fours, group = (i - row * fours) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int other = chosen >> (8 * j) & 0xff;
+      float scale = integer_scale(a, q >> (8 * j) & 0xff, factor), more;
+      if constexpr (LEVELS == 2) scale *= beside[other];
+      if constexpr (LEVELS != 0)
+        more = about_table(other, beside);
+      else
+        more = other / kMiddle - 1.0f;
+      const int place = row * layout.scale_stride;
+      for (int u = (group + j) * of_group; u < min((group + j + 1) * of_group, units); u++) {
+        scales[place + u] = scale;
+        if (extra_bits) extra[place + u] = more;
+      }
+    }
+  };
+  if (hold) {
 #pragma unroll 2
     for (int i = threadIdx.x; i < padded * fours; i += blockDim.x) {
-      const int row = i / fours, group = (i - row * fours) * 4;
-      const int64_t from = first_row + min(row, rows - 1);
-      const uint32_t q = packed_four(a.scale_planes, a.scale_bits, from, group, a.groups);
+      const int row = min(i / fours, rows - 1), group = i % fours * 4;
+      const uint32_t q = packed_four<true>(held.scales, a.scale_bits, row, group, a.groups);
       const uint32_t chosen =
-          extra_bits ? packed_four(a.zero_planes, extra_bits, from, group, a.groups) : 0;
-      const float factor = a.row_scale ? half_float(a.row_scale[from]) : 1.0f;
-#pragma unroll
-      for (int j = 0; j < 4; j++) {
-        const int other = chosen >> (8 * j) & 0xff;
-        float scale = integer_scale(a, q >> (8 * j) & 0xff, factor), more;
-        if constexpr (LEVELS == 2) scale *= beside[other];
-        if constexpr (LEVELS != 0)
-          more = about_table(other, beside);
-        else
-          more = other / kMiddle - 1.0f;
-        const int place = row * layout.scale_stride;
-        for (int u = (group + j) * of_group; u < min((group + j + 1) * of_group, units); u++) {
-          scales[place + u] = scale;
-          if (extra_bits) extra[place + u] = more;
-        }
-      }
+          extra_bits ? packed_four<true>(held.extra, extra_bits, row, group, a.groups) : 0;
+      put(i, q, chosen, held.factors ? half_float(held.factors[row])
+                        : a.row_scale ? half_float(a.row_scale[first_row + row]) : 1.0f);
+    }
+    return;
+  }
+  if (whole && a.scale_kind != 0 && in_fours(a.scale_planes, a.scale_bits, a.groups) &&
+      (!extra_bits || in_fours(a.zero_planes, extra_bits, a.groups))) {
+#pragma unroll 2
+    for (int i = threadIdx.x; i < padded * fours; i += blockDim.x) {
+      const int64_t from = first_row + min(i / fours, rows - 1);
+      const int group = i % fours * 4;
+      const uint32_t q = packed_four<false>(a.scale_planes, a.scale_bits, from, group, a.groups);
+      const uint32_t chosen =
+          extra_bits ? packed_four<false>(a.zero_planes, extra_bits, from, group, a.groups) : 0;
+      put(i, q, chosen, a.row_scale ? half_float(a.row_scale[from]) : 1.0f);
     }
     return;
   }
@@ -837,6 +902,10 @@ __device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* 
       }
       end_copies();
     };
+    // In one slab all of a row's scales are wanted at once, and the digits of x come later.
+    Held stored = {};
+    const bool hold = a.slab == chunks && hold_scales(a, layout, shared, first_row, rows, stored);
+    end_copies();
     point();
     for (int d = 0; d < DEPTH; d++) fetch();
 
@@ -844,9 +913,10 @@ __device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* 
       __syncthreads();
     } else {
       for (int i = threadIdx.x; i < warps * 16 * a.row_tiles * a.n; i += blockDim.x) partial[i] = 0.0f;
+      if constexpr (LEVELS != 0) stage_tables(a, shared + layout.tables);
+      if (hold) wait_copies<DEPTH>();
+      if (LEVELS || hold) __syncthreads();
       if constexpr (LEVELS != 0) {
-        stage_tables(a, shared + layout.tables);
-        __syncthreads();
         take_table(0, 0);
         take_table(1, 0);
         if constexpr (kHalves)
@@ -863,7 +933,8 @@ __device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* 
           reinterpret_cast<uint16_t*>(shared + layout.factor)[i] = own[i];
       }
     }
-    stage_scales<kUnit>(a, layout, shared, first_row, rows, begin, count, bytes);
+    stage_scales<kUnit>(a, layout, shared, first_row, rows, begin, count, bytes, hold, stored);
+    if (hold) __syncthreads();  // all have read what the digits are written over
     if (!waited) {
       wait_for_previous();
       waited = true;
