@@ -66,6 +66,18 @@ def test_which_codes_it_takes(bits: int, width: int, group_size: int, takes: boo
     assert not prefill.takes(group_code(Form(4, True, 64, 16, False), 3, 512))
 
 
+@pytest.mark.parametrize("room", [227 << 10, 99 << 10, 48 << 10])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_its_tiles_fit_into_shared_memory(bits: int, room: int) -> None:
+    code = group_code(Form(bits, False, 64, 16, False), 3, 512)
+    assert isinstance(code, GroupInt)
+    stages, inputs = prefill._depth(code, (128, 128), room)
+    assert stages in (1, 2, 3)
+    assert inputs in (16, 32, 64)
+    assert stages * inputs * (128 + 2 * 128 * 8 // bits) <= room
+    assert stages == 3 or (stages + 1) * inputs * (128 + 2 * 128 * 8 // bits) > room
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 def test_a_field_is_moved_into_the_mantissa(bits: int) -> None:
     """The permutes, as the instruction is defined, give the integers above a power of two."""

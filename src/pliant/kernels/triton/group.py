@@ -209,8 +209,8 @@ def multiply(
         return y.zero_()
     if tile is None:  # few rows of x: many programs, each of few rows of W
         of_w, of_x = (32, 16) if n <= 16 else (32, 64) if n <= 64 else (128, 128)
-        nbytes = (of_w + of_x) * _fields(code) * x.element_size()
-        deepest, most = _depth(nbytes, _shared_memory(x.device))
+        nbytes = (of_w + of_x) * fields(code) * x.element_size()
+        deepest, most = _depth(nbytes, shared_memory(x.device))
         tile, stages = (of_w, of_x, most), stages or deepest
     rows, columns, inputs = tile
     grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
@@ -271,7 +271,7 @@ def _depth(nbytes: int, room: int) -> tuple[int, int]:
 
 
 @cache
-def _shared_memory(device: torch.device) -> int:
+def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take; of a large GPU where there is none."""
     if device.type != "cuda":
         return 227 << 10
@@ -279,7 +279,7 @@ def _shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", 48 << 10))
 
 
-def _fields(code: Packed) -> int:
+def fields(code: Packed) -> int:
     """Weights in a byte of the narrowest plane."""
     return _TRITS if isinstance(code, Ternary) else 8 // PLANES[code.bit_width][-1]
 
@@ -320,7 +320,7 @@ def stored_arguments(code: Packed) -> tuple[Any, ...]:
 
 def kinds(code: Packed, inputs: int) -> dict[str, Any]:
     """The constants that a kernel is compiled for."""
-    zero_bits, fields = 0, _fields(code)
+    zero_bits, count = 0, fields(code)
     if isinstance(code, GroupInt):
         zero_bits = 0 if code.zeros is None else code.bit_width
     elif isinstance(code, GroupLevels):
@@ -332,7 +332,7 @@ def kinds(code: Packed, inputs: int) -> dict[str, Any]:
         groups, scale_bits, row_scale = scales.groups, scales.bits, scales.row_scale is not None
         kind = _HALF if scale_bits == 16 else _INTEGERS
         kind = _POWERS if isinstance(scales, PowerScales) else kind
-    span = inputs * fields if isinstance(code, Ternary) else inputs
+    span = inputs * count if isinstance(code, Ternary) else inputs
     whole = row_bytes(code) % inputs == 0 and code.group_size % span == 0
     return {
         "BITS": 0 if isinstance(code, Ternary) else code.bit_width,
@@ -342,5 +342,5 @@ def kinds(code: Packed, inputs: int) -> dict[str, Any]:
         "ROW_SCALE": row_scale,
         "ZERO_BITS": zero_bits,
         "ONE_GROUP": whole or groups == 1,
-        "FIELDS": fields,
+        "FIELDS": count,
     }

@@ -18,9 +18,17 @@ from torch import Tensor
 from pliant.codes import Code, GroupInt
 from pliant.codes.packing import PLANES
 from pliant.kernels.streams import launched_on
-from pliant.kernels.triton.group import kinds, packed, row_bytes, scale_of, stored_arguments
+from pliant.kernels.triton.group import (
+    fields,
+    kinds,
+    packed,
+    row_bytes,
+    scale_of,
+    shared_memory,
+    stored_arguments,
+)
 
-_ROWS, _COLUMNS, _WARPS, _STAGES = 128, 128, 8, 3
+_ROWS, _COLUMNS, _WARPS = 128, 128, 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -87,28 +95,39 @@ def multiply(
     code: GroupInt,
     tile: tuple[int, int] = (_ROWS, _COLUMNS),  # rows of W, rows of x: of a program
     warps: int = _WARPS,
-    stages: int = _STAGES,
+    stages: int | None = None,
 ) -> Tensor:
-    """x times the transpose of `code` that `takes` is true of, [n, out] in x.dtype."""
+    """x times the transpose of `code` that `takes` is true of, [n, out] in x.dtype.
+
+    stages: of loads, as many as the GPU's shared memory holds, up to three, if not given.
+    """
     n, out = x.shape[0], code.shape[0]
     y = torch.empty(n, out, dtype=x.dtype, device=x.device)
     if not n or not out:
         return y
-    inputs = _inputs(code)
+    deepest, inputs = _depth(code, tile, shared_memory(x.device))
     constants = kinds(code, inputs)
     grid = (triton.cdiv(out, tile[0]) * triton.cdiv(n, tile[1]),)
     assembly = _assembly(code.bit_width) if x.is_cuda else ""  # the interpreter has none
     with launched_on(x.device):
         _multiply[grid](
             x, y, n, x.stride(0), y.stride(0), row_bytes(code), *stored_arguments(code),
-            **constants, M=tile[0], N=tile[1], K=inputs, STAGES=stages, ASSEMBLY=assembly,
-            num_warps=warps,
+            **constants, M=tile[0], N=tile[1], K=inputs, STAGES=stages or deepest,
+            ASSEMBLY=assembly, num_warps=warps,
         )  # fmt: skip
     return y
 
 
+def _depth(code: GroupInt, tile: tuple[int, int], room: int) -> tuple[int, int]:
+    """(stages, inputs of a tile) that fit into `room` bytes."""
+    of_one, inputs = tile[0] + 2 * tile[1] * fields(code), _inputs(code)
+    while inputs > 16 and 2 * inputs * of_one > room:
+        inputs //= 2
+    return max(1, min(3, room // (inputs * of_one))), inputs
+
+
 def _inputs(code: GroupInt) -> int:
-    """Of a tile: bytes that split a row evenly, and their inputs a group; 0 where none do."""
+    """Of a tile, at most: what splits a row's bytes, and a group, evenly; 0 where nothing does."""
     size = row_bytes(code)
     if code.width * PLANES[code.bit_width][0] % 8:
         return 0
