@@ -115,7 +115,7 @@ class Bench:
             ids = torch.cat([self._calibration, written])
             tuned = tune(
                 self._model, self._artifact.ladder, self._artifact.load_code, ids, settings,
-                progress=lambda done, of: said(name, done, of),
+                progress=lambda done, of: paced(name, done, of, started),
             )  # fmt: skip
         seconds = time.monotonic() - started
         sizes = {}
@@ -143,6 +143,11 @@ class Bench:
             have = torch.cat([have, part])
             save_file({"ids": have}, kept)
         return have[:count]
+
+
+def paced(name: str, done: int, of: int, started: float) -> None:
+    if done % max(1, of // 10) == 0:
+        print(f"  {name}: {done} of {of} steps, {time.monotonic() - started:.0f} s", flush=True)
 
 
 def parsed() -> Any:
