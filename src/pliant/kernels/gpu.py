@@ -64,7 +64,7 @@ from pliant.kernels.decoding import has_triton, launched
 from pliant.kernels.dispatch import matmul, register, register_together
 
 _FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
-_MANY = 1024  # the same for what triton/prefill.py takes; not timed yet
+_TOGETHER = 16384  # rows of W up to which products that share x gain by one launch (H100)
 
 
 @register(GroupInt, "cuda")
@@ -107,7 +107,8 @@ def together(x: Tensor, codes: Sequence[Code]) -> list[Tensor | None]:
     for members in alike.values():
         for start in range(0, len(members), MOST_CODES):
             some = members[start : start + MOST_CODES]
-            if len(some) > 1:
+            rows = sum(codes[i].shape[0] for i in some)
+            if len(some) > 1 and rows <= _TOGETHER:
                 for i, y in zip(some, _each(x, [codes[i] for i in some]), strict=True):
                     found[i] = y
     return found
