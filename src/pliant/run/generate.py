@@ -66,8 +66,7 @@ class Memory:
         At least the last of `tokens` is left to be computed.
         """
         if getattr(self.model, "plan", None) is not self._plan:  # resized: other weights
-            self._plan, self.tokens = self.model.plan, []
-            self.cache.reset()
+            self.forget()
         same = 0
         for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
             if ours != theirs:
@@ -81,6 +80,11 @@ class Memory:
                 self.cache.reset()
             self.tokens = self.tokens[:same]
         return same
+
+    def forget(self) -> None:
+        """Remember nothing; the storage stays."""
+        self._plan, self.tokens = getattr(self.model, "plan", None), []
+        self.cache.reset()
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
@@ -97,16 +101,25 @@ class Memory:
                 return self._logits
         logits = torch.empty(0)
         for start in range(0, len(tokens), chunk):
-            piece = list(tokens[start : start + chunk])
-            keep = {"logits_to_keep": 1} if self._logits_to_keep else {}
-            output = self.model(
-                input_ids=torch.tensor([piece], device=device),
-                past_key_values=self.cache,
-                use_cache=True,
-                **keep,
-            )
-            self.tokens += piece
-            logits = output.logits[0, -1]
+            logits = self._forward(tokens[start : start + chunk], 1)[-1]
+        return logits
+
+    @torch.inference_mode()
+    def extend_all(self, tokens: Sequence[int]) -> Tensor:
+        """Run `tokens` through the model at once; logits [tokens, vocabulary] after each."""
+        return self._forward(tokens, 0)
+
+    def _forward(self, tokens: Sequence[int], keep: int) -> Tensor:
+        """Logits after the last `keep` tokens (0: all) at least, [some, vocabulary]."""
+        device = self.model.get_input_embeddings().weight.device
+        output = self.model(
+            input_ids=torch.tensor([list(tokens)], device=device),
+            past_key_values=self.cache,
+            use_cache=True,
+            **({"logits_to_keep": keep} if self._logits_to_keep else {}),
+        )
+        self.tokens += tokens
+        logits: Tensor = output.logits[0]
         return logits
 
 
