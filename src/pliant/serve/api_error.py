@@ -37,7 +37,7 @@ class ApiError(PliantError):
     def body(self) -> dict[str, Any]:
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         detail = ErrorDetail(
-            message=str(self),
+            message=str(self).encode(errors="backslashreplace").decode(),  # quotes may be broken
             type=_TYPES.get(self.status, kind),
             param=self.param,
             code=self.code,

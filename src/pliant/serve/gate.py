@@ -65,7 +65,8 @@ class Gate:
         headers = Headers(scope=scope)
         if self._limits.keys and scope["path"] not in OPEN:
             kind, _, given = headers.get("authorization", "").partition(" ")
-            known = [hmac.compare_digest(given.encode(), key.encode()) for key in self._limits.keys]
+            sent = given.encode("latin-1")  # the bytes, as they came
+            known = [hmac.compare_digest(sent, key.encode()) for key in self._limits.keys]
             if kind.lower() != "bearer" or not any(known):
                 raise ApiError(
                     "no valid API key; send it as Authorization: Bearer KEY",

@@ -115,11 +115,12 @@ class _Server:
 
     async def events(self, answer: Answer, began: float) -> AsyncIterator[Event]:
         """The events of an answer whose request came at `began`, until its time is over."""
-        first = True
+        first, loop = True, asyncio.get_running_loop()
+        deadline = loop.time() + began + self.limits.seconds - time.monotonic()
         while True:
-            left = began + self.limits.seconds - time.monotonic()
             try:
-                event = await asyncio.wait_for(anext(answer), left)
+                async with asyncio.timeout_at(deadline):
+                    event = await anext(answer)
             except StopAsyncIteration:
                 return
             except TimeoutError:

@@ -128,8 +128,10 @@ class Message(BaseModel):
             other = next((part.type for part in self.content if part.type != "text"), None)
             if other is not None:
                 raise ApiError(f"content of type {other!r} is not supported", param="messages")
-            return {"role": role, "content": "".join(part.text or "" for part in self.content)}
-        return {"role": role, "content": self.content or ""}
+            content = "".join(part.text or "" for part in self.content)
+        else:
+            content = self.content or ""
+        return {"role": role, "content": content}
 
 
 class ChatRequest(Common):
@@ -172,6 +174,7 @@ def chat(body: ChatRequest, engine: Engine) -> Request:
     if not getattr(engine.tokenizer, "chat_template", None):
         raise ApiError("this model has no chat template; use /v1/completions", param="messages")
     messages = [message.plain() for message in body.messages]
+    _check_text("".join(message["content"] for message in messages), "messages")
     tokens = _tokens(engine, messages, raw=False, param="messages")
     wanted = body.max_completion_tokens or body.max_tokens or engine.context
     return _request(body, engine, tokens, wanted, body.top_logprobs or 0 if body.logprobs else None)
@@ -198,6 +201,8 @@ def _request(
 
 def _tokens(engine: Engine, prompt: Any, raw: bool, param: str) -> list[int]:
     """Token ids of a prompt, which fit the vocabulary and the context."""
+    if isinstance(prompt, str):
+        _check_text(prompt, param)
     try:
         tokens = encode(engine.tokenizer, prompt, raw)
     except Exception as error:  # templates are the model's code, and raise what they like
@@ -216,6 +221,14 @@ def _tokens(engine: Engine, prompt: Any, raw: bool, param: str) -> list[int]:
             code="context_length_exceeded",
         )
     return tokens
+
+
+def _check_text(text: str, param: str) -> None:
+    """JSON can spell half of a surrogate pair, which no encoding of text knows."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ApiError(f"the {param} holds what is no text: {error}", param=param) from None
 
 
 def _text(engine: Engine, prompt: str | list[int]) -> str:
