@@ -27,7 +27,7 @@ TEMPLATE = (
 
 @contextmanager
 def serving(engine, buffer: int = 0, **options):
-    """A live server of `engine`: its URL. buffer: bytes that a connection takes unsent, 0 for many."""
+    """A live server of `engine`: its URL. buffer: bytes that a connection takes, 0 for many."""
     listening = listen("127.0.0.1", 0)
     if buffer:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)

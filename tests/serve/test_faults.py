@@ -130,11 +130,15 @@ def test_a_client_that_goes_cancels(scripted_url, scripted, stream, leave):
 def test_a_client_that_goes_frees_the_real_engine(model):
     engine = SequentialEngine(model, model.artifact.tokenizer())
     with serving(engine) as url:
-        engines = [connect(url, {"prompt": "x", "max_tokens": 190, "stream": True}) for _ in range(5)]
+        engines = [
+            connect(url, {"prompt": "x", "max_tokens": 190, "stream": True}) for _ in range(5)
+        ]
         for connection in engines:
             connection.close()
         eventually(lambda: engine.status().running + engine.status().waiting == 0)
-        sent = httpx.post(f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30)
+        sent = httpx.post(
+            f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30
+        )
         assert sent.json()["usage"]["completion_tokens"] == 2
 
 

@@ -72,8 +72,8 @@ def test_a_seed_repeats_an_answer(real):
 
 def test_every_setting_reaches_the_engine(fake, scripted):
     fake.completions.create(
-        model="tiny", prompt="hi", max_tokens=3, temperature=0.5, top_p=0.25, seed=9, stop=["a", "b"],
-        logprobs=2, extra_body={"top_k": 7, "min_p": 0.125, "priority": -3, "unknown": {"x": 1}},
+        model="tiny", prompt="hi", max_tokens=3, temperature=0.5, top_p=0.25, seed=9,
+        stop=["a", "b"], logprobs=2, extra_body={"top_k": 7, "min_p": 0.125, "priority": -3, "unknown": {"x": 1}},
     )  # fmt: skip
     request = scripted.requests[0]
     sampler = request.sampler
@@ -129,7 +129,7 @@ def test_an_echo_tells_the_prompts_logprobs(fake):
     plain = {"model": "tiny", "prompt": "abc", "max_tokens": 0, "echo": True}
     assert fake.completions.create(**plain).choices[0].text == "abc"
     ids = {"model": "tiny", "prompt": [4 + 104, 4 + 105], "max_tokens": 1, "echo": True}
-    assert [c.choices[0].text for c in fake.completions.create(**ids, stream=True)][0] == "hi"
+    assert next(c.choices[0].text for c in fake.completions.create(**ids, stream=True)) == "hi"
 
 
 def test_scores_of_a_prompt_are_the_models(real):

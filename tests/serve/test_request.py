@@ -37,7 +37,9 @@ def join(pieces: list[Piece]) -> str:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text("ab\né€", max_size=20), st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=2))
+@given(
+    st.text("ab\né€", max_size=20), st.lists(st.text("ab\né", min_size=1, max_size=3), max_size=2)
+)
 def test_neither_text_nor_tokens_tell_of_a_stop_string(text, stop):
     made, pieces = run(text, stop=tuple(stop))
     places = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]

@@ -256,7 +256,9 @@ def test_a_failure_ends_one_request_alone(model, monkeypatch, failing, caplog):
 def test_a_prompt_is_scored_as_the_model_scores_it(model):
     async def ask():
         async with engine_of(model) as engine:
-            return [e async for e in engine.submit(Request(PROMPT, 3, logprobs=2, score_prompt=True))]
+            return [
+                e async for e in engine.submit(Request(PROMPT, 3, logprobs=2, score_prompt=True))
+            ]
 
     prompt, *pieces, _ = asyncio.run(ask())
     with torch.inference_mode():
