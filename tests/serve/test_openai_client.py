@@ -73,7 +73,8 @@ def test_a_seed_repeats_an_answer(real):
 def test_every_setting_reaches_the_engine(fake, scripted):
     fake.completions.create(
         model="tiny", prompt="hi", max_tokens=3, temperature=0.5, top_p=0.25, seed=9,
-        stop=["a", "b"], logprobs=2, extra_body={"top_k": 7, "min_p": 0.125, "priority": -3, "unknown": {"x": 1}},
+        stop=["a", "b"], logprobs=2,
+        extra_body={"top_k": 7, "min_p": 0.125, "priority": -3, "unknown": {"x": 1}},
     )  # fmt: skip
     request = scripted.requests[0]
     sampler = request.sampler

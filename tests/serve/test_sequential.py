@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pliant.errors import BudgetError
+from pliant.kernels.cpu import multiplies_words
 from pliant.plan.memory import activation_bytes, kv_cache_bytes
 from pliant.run import Memory, Sampler, load, stream
 from pliant.run.generate import encode
@@ -125,6 +126,29 @@ def test_the_beginning_of_a_prompt_is_not_computed_again(model):
     cached, (text, end) = asyncio.run(ask())
     assert (cached, end.cached_tokens) == (0, 40)
     assert text == alone(model, (*PROMPT, 70, 71), max_new_tokens=4)
+
+
+@pytest.mark.skipif(not multiplies_words(), reason="torch rounds by the size of a product")
+def test_what_came_before_does_not_change_an_answer(model):
+    """Prompts that share beginnings, and hold the answers before them, in three orders."""
+    turns = [PROMPT, (*PROMPT, 70, 71, 72), tuple([9] * 129), (*PROMPT, 70), PROMPT[:2], (5,)]
+
+    async def ask(order):
+        async with engine_of(model) as engine:
+            found = {}
+            for place in order:
+                said = [e async for e in engine.submit(Request(turns[place], 9, logprobs=1))]
+                ids = [token for piece in said[:-1] for token in piece.tokens]
+                found[place] = [(token.id, token.logprob) for token in ids]
+                longer = (*turns[place], *(token.id for token in ids), 33)
+                said = [e async for e in engine.submit(Request(longer, 3, logprobs=1))]
+                found[longer] = [t.logprob for piece in said[:-1] for t in piece.tokens]
+            return found
+
+    orders = [(0, 1, 2, 3, 4, 5), (5, 3, 1, 0, 2, 4), (2, 4, 4, 0, 0, 1, 1, 3, 5)]
+    found = [asyncio.run(ask(order)) for order in orders]
+    assert len(found[0]) == 12
+    assert found[0] == found[1] == found[2]
 
 
 def test_cancelling_stops_between_tokens(model, gate):

@@ -60,15 +60,15 @@ class Memory:
         self._step = getattr(model, "step", None)  # of a RunningModel
         self._logits = torch.empty(config.vocab_size)
 
-    def common(self, tokens: Sequence[int]) -> int:
+    def common(self, tokens: Sequence[int], most: int | None = None) -> int:
         """How many tokens at the front of `tokens` are remembered; the rest is forgotten.
 
-        At least the last of `tokens` is left to be computed.
+        At least the last of `tokens` is left to be computed, and no more than `most` are used.
         """
         if getattr(self.model, "plan", None) is not self._plan:  # resized: other weights
             self.forget()
         same = 0
-        for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
+        for ours, theirs in zip(self.tokens[:most], tokens[:-1], strict=False):
             if ours != theirs:
                 break
             same += 1
@@ -100,8 +100,8 @@ class Memory:
                 self.tokens += tokens
                 return self._logits
         logits = torch.empty(0)
-        for start in range(0, len(tokens), chunk):
-            logits = self._forward(tokens[start : start + chunk], 1)[-1]
+        for piece in pieces(tokens, chunk):
+            logits = self._forward(piece, 1)[-1]
         return logits
 
     @torch.inference_mode()
@@ -231,6 +231,20 @@ def _generate(
         started = time.perf_counter()
         logits = memory.extend([token])
         usage.decode_seconds += time.perf_counter() - started
+
+
+def pieces(tokens: Sequence[int], chunk: int) -> Iterator[Sequence[int]]:
+    """`tokens` in pieces of at most `chunk`, none of them one token alone if that can be helped.
+
+    One alone takes the path of decoding, which rounds otherwise: where a prompt is cut, or how much
+    of it is remembered, should not show in the answer.
+    """
+    start = 0
+    while start < len(tokens):
+        left = len(tokens) - start
+        size = chunk - 1 if left == chunk + 1 and chunk > 2 else chunk
+        yield tokens[start : start + size]
+        start += size
 
 
 def encode(tokenizer: Any, prompt: str | Messages | Sequence[int], raw: bool = False) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
-from pliant.run.generate import Memory, end_tokens
+from pliant.run.generate import Memory, end_tokens, pieces
 from pliant.run.sampling import Score
 from pliant.serve.engine import Answer, ClosedError, FairQueue, Rate, Status
 from pliant.serve.request import Finished, Live, Request
@@ -27,8 +28,9 @@ class SequentialEngine:
     """Serves a RunningModel. Starts its thread at once; `close` ends it.
 
     Between two tokens, or two chunks of a prompt, it looks whether the request was cancelled and
-    whether the budget is to change. Keys and values of a prompt's beginning are kept for the next
-    request that begins the same.
+    whether the budget is to change. Keys and values of a prompt are kept for the next request that
+    begins the same; those of an answer are computed again when it comes back in a prompt, because
+    decoding rounds otherwise and the same request should get the same answer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, most_waiting: int = MOST_WAITING) -> None:
@@ -42,6 +44,7 @@ class SequentialEngine:
         self._budgets: list[tuple[int, Future[Status]]] = []
         self._closing = False
         self._changed = threading.Condition()  # guards the four above
+        self._read_tokens = 0  # of those in the memory: read in a prompt, not made
         self._prompt_tokens = self._new_tokens = 0
         self._rate = Rate()
         self._thread = threading.Thread(target=self._work, name="pliant-engine", daemon=True)
@@ -145,14 +148,15 @@ class SequentialEngine:
         if request.score_prompt:
             self._memory.forget()
             return self._read_scored(answer)
-        live.cached = self._memory.common(request.prompt)
-        rest = request.prompt[live.cached :]
-        self._prompt_tokens += len(request.prompt)
+        prompt = request.prompt
+        live.cached = self._memory.common(prompt, max(min(self._read_tokens, len(prompt) - 2), 0))
+        self._prompt_tokens += len(prompt)
         logits: Tensor | None = None
-        for start in range(0, len(rest), PREFILL_CHUNK):
-            logits = self._step(answer, rest[start : start + PREFILL_CHUNK])
+        for piece in pieces(prompt[live.cached :], PREFILL_CHUNK):
+            logits = self._step(answer, piece)
             if logits is None:
                 break
+        self._read_tokens = len(self._memory.tokens)
         return logits
 
     def _read_scored(self, answer: Answer) -> Tensor | None:
@@ -161,20 +165,20 @@ class SequentialEngine:
         self._prompt_tokens += len(prompt)
         scores: list[Score] = []
         logits: Tensor | None = None
-        for start in range(0, len(prompt), SCORED_CHUNK):
+        for piece in pieces(prompt, SCORED_CHUNK):
             if self._interrupted(answer):
                 return None
-            after = self._memory.extend_all(prompt[start : start + SCORED_CHUNK])
-            following = prompt[start + 1 : start + SCORED_CHUNK + 1]
+            after = self._memory.extend_all(piece)
             scores += [
                 Score.of(row, token, live.request.logprobs or 0)
-                for row, token in zip(after, following, strict=False)
+                for row, token in zip(after, prompt[len(scores) + 1 :], strict=False)
             ]
             logits = after[-1].clone()
+        self._read_tokens = len(prompt)
         answer.put(live.prompt(scores))
         return logits
 
-    def _step(self, answer: Answer, tokens: tuple[int, ...] | list[int]) -> Tensor | None:
+    def _step(self, answer: Answer, tokens: Sequence[int]) -> Tensor | None:
         """Logits after `tokens` more, None when cancelled meanwhile."""
         return None if self._interrupted(answer) else self._memory.extend(tokens)
 
