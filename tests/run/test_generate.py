@@ -8,6 +8,7 @@ import torch
 from pliant.cache import DenseCache
 from pliant.errors import PliantError
 from pliant.run import Memory, Sampler, Usage, generate_tokens, load, stream
+from pliant.run.generate import pieces
 
 from .tiny import ByteTokenizer, ChatTokenizer
 
@@ -28,6 +29,20 @@ def test_greedy_tokens_are_those_of_transformers(model):
 @pytest.mark.parametrize("chunk", [1, 7, 50, 128])
 def test_the_prefill_chunk_changes_nothing(model, chunk):
     assert greedy(model, PROMPT, 10, prefill_chunk=chunk) == greedy(model, PROMPT, 10)
+
+
+@pytest.mark.parametrize(
+    ("count", "chunk", "sizes"),
+    [
+        (0, 4, []), (1, 4, [1]), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [4, 3, 2]), (10, 4, [4, 4, 2]),
+        (3, 2, [2, 1]), (3, 1, [1, 1, 1]), (4, 3, [2, 2]),
+    ],
+)  # fmt: skip
+def test_no_token_of_a_prompt_is_alone(count, chunk, sizes):
+    tokens = list(range(count))
+    found = list(pieces(tokens, chunk))
+    assert [len(piece) for piece in found] == sizes
+    assert [token for piece in found for token in piece] == tokens
 
 
 def test_generate_uses_a_cache_of_the_planned_size(model, monkeypatch):

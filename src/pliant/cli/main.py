@@ -22,6 +22,7 @@ from pliant.cli.methods import methods
 from pliant.cli.plan import plan
 from pliant.cli.report import report
 from pliant.cli.run import run
+from pliant.cli.serve import serve
 from pliant.errors import PliantError
 
 INTERRUPTED = 130
@@ -48,7 +49,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (fit, run, chat, plan, measure, inspect, bench, methods, report):
+for _verb in (fit, run, chat, serve, plan, measure, inspect, bench, methods, report):
     app.command()(_verb)
 
 

@@ -60,16 +60,15 @@ class Memory:
         self._step = getattr(model, "step", None)  # of a RunningModel
         self._logits = torch.empty(config.vocab_size)
 
-    def common(self, tokens: Sequence[int]) -> int:
+    def common(self, tokens: Sequence[int], most: int | None = None) -> int:
         """How many tokens at the front of `tokens` are remembered; the rest is forgotten.
 
-        At least the last of `tokens` is left to be computed.
+        At least the last of `tokens` is left to be computed, and no more than `most` are used.
         """
         if getattr(self.model, "plan", None) is not self._plan:  # resized: other weights
-            self._plan, self.tokens = self.model.plan, []
-            self.cache.reset()
+            self.forget()
         same = 0
-        for ours, theirs in zip(self.tokens, tokens[:-1], strict=False):
+        for ours, theirs in zip(self.tokens[:most], tokens[:-1], strict=False):
             if ours != theirs:
                 break
             same += 1
@@ -81,6 +80,11 @@ class Memory:
                 self.cache.reset()
             self.tokens = self.tokens[:same]
         return same
+
+    def forget(self) -> None:
+        """Remember nothing; the storage stays."""
+        self._plan, self.tokens = getattr(self.model, "plan", None), []
+        self.cache.reset()
 
     @torch.inference_mode()
     def extend(self, tokens: Sequence[int], chunk: int = PREFILL_CHUNK) -> Tensor:
@@ -96,17 +100,26 @@ class Memory:
                 self.tokens += tokens
                 return self._logits
         logits = torch.empty(0)
-        for start in range(0, len(tokens), chunk):
-            piece = list(tokens[start : start + chunk])
-            keep = {"logits_to_keep": 1} if self._logits_to_keep else {}
-            output = self.model(
-                input_ids=torch.tensor([piece], device=device),
-                past_key_values=self.cache,
-                use_cache=True,
-                **keep,
-            )
-            self.tokens += piece
-            logits = output.logits[0, -1]
+        for piece in pieces(tokens, chunk):
+            logits = self._forward(piece, 1)[-1]
+        return logits
+
+    @torch.inference_mode()
+    def extend_all(self, tokens: Sequence[int]) -> Tensor:
+        """Run `tokens` through the model at once; logits [tokens, vocabulary] after each."""
+        return self._forward(tokens, 0)
+
+    def _forward(self, tokens: Sequence[int], keep: int) -> Tensor:
+        """Logits after the last `keep` tokens (0: all) at least, [some, vocabulary]."""
+        device = self.model.get_input_embeddings().weight.device
+        output = self.model(
+            input_ids=torch.tensor([list(tokens)], device=device),
+            past_key_values=self.cache,
+            use_cache=True,
+            **({"logits_to_keep": keep} if self._logits_to_keep else {}),
+        )
+        self.tokens += tokens
+        logits: Tensor = output.logits[0]
         return logits
 
 
@@ -218,6 +231,20 @@ def _generate(
         started = time.perf_counter()
         logits = memory.extend([token])
         usage.decode_seconds += time.perf_counter() - started
+
+
+def pieces(tokens: Sequence[int], chunk: int) -> Iterator[Sequence[int]]:
+    """`tokens` in pieces of at most `chunk`, none of them one token alone if that can be helped.
+
+    One alone takes the path of decoding, which rounds otherwise: where a prompt is cut, or how much
+    of it is remembered, should not show in the answer.
+    """
+    start = 0
+    while start < len(tokens):
+        left = len(tokens) - start
+        size = chunk - 1 if left == chunk + 1 and chunk > 2 else chunk
+        yield tokens[start : start + size]
+        start += size
 
 
 def encode(tokenizer: Any, prompt: str | Messages | Sequence[int], raw: bool = False) -> list[int]:

@@ -20,6 +20,16 @@ class TextStream:
         self._held = ""
         self.stopped = False
 
+    @property
+    def held(self) -> int:
+        """Characters that are held back because a stop string may begin with them."""
+        return len(self._held)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all tokens are text by now: none waits for the rest of a character."""
+        return self._read == len(self._tokens)
+
     def push(self, token: int) -> str:
         """The text that `token` completes, possibly none."""
         self._tokens.append(token)

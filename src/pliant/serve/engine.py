@@ -1,0 +1,152 @@
+"""What HTTP asks of an engine, and what every engine needs to answer it."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from pliant.errors import PliantError
+from pliant.serve.request import Event, Finished, Live, Request
+
+RATE_SECONDS = 5.0
+
+
+class QueueFullError(PliantError):
+    """As many requests wait as may; the message says how many."""
+
+
+class ClosedError(PliantError):
+    """The engine takes no more requests: it is shutting down."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What an engine does and holds, at one moment.
+
+    memory: the budget in bytes, None when only the weights are bounded. planned: bytes of
+    everything at its peak. weights, cache: bytes held of each. prompt_tokens, new_tokens: counts
+    since the start. tokens_per_second: new ones, over the last seconds.
+    """
+
+    waiting: int
+    running: int
+    memory: int | None
+    planned: int
+    weights: int
+    cache: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float
+
+
+class Engine(Protocol):
+    """Runs requests. Its methods are called from the event loop, and none of them blocks it.
+
+    tokenizer: of transformers. context: tokens that a prompt and its answer may have together.
+    vocabulary: token ids are below it.
+    """
+
+    tokenizer: Any
+    context: int
+    vocabulary: int
+
+    def submit(self, request: Request) -> Answer:
+        """Queue a request. Raises QueueFullError or ClosedError."""
+        ...
+
+    def status(self) -> Status: ...
+
+    async def set_budget(self, memory: int) -> Status:
+        """Go to another total in bytes; returns once it holds. Raises BudgetError, and stays."""
+        ...
+
+    async def close(self) -> None:
+        """Take no more requests, finish those that were taken, let go of everything."""
+        ...
+
+
+class Answer(AsyncIterator[Event]):
+    """Events of one request, in order; the last one is Finished. Iterate it once.
+
+    Events wait here for a slow reader, and hold up nobody else. live: what the engine knows of it.
+    """
+
+    def __init__(self, live: Live, cancel: Callable[[Answer], None]) -> None:
+        self.live, self.cancelled = live, False
+        self._cancel = cancel
+        self._loop = asyncio.get_running_loop()
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._over = False
+
+    def put(self, event: Event) -> None:
+        """One more event; from any thread. Without a reader (its loop is gone) it is dropped."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+    def cancel(self) -> None:
+        """Stop as soon as possible: nothing is computed for this request any more."""
+        if not self.cancelled:
+            self.cancelled = True
+            self._cancel(self)
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._over = isinstance(event, Finished)
+        return event
+
+
+class FairQueue:
+    """Answers that wait: the lowest priority first, then the one that came first."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._heap: list[tuple[int, int, Answer]] = []
+        self._arrived = 0
+
+    def __len__(self) -> int:
+        return len(self._heap)
+
+    def push(self, answer: Answer) -> None:
+        if len(self._heap) >= self.most:
+            raise QueueFullError(f"{self.most} requests wait already; try again later")
+        self._arrived += 1
+        heapq.heappush(self._heap, (answer.live.request.priority, self._arrived, answer))
+
+    def pop(self) -> Answer:
+        return heapq.heappop(self._heap)[2]
+
+    def remove(self, answer: Answer) -> bool:
+        """Take `answer` out; False if it was not in."""
+        kept = [entry for entry in self._heap if entry[2] is not answer]
+        removed = len(kept) < len(self._heap)
+        if removed:
+            heapq.heapify(kept)
+            self._heap = kept
+        return removed
+
+
+class Rate:
+    """Events a second over the last RATE_SECONDS."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._seen = clock, deque[float]()
+
+    def count(self) -> None:
+        """One more, now; from one thread."""
+        now = self._clock()
+        self._seen.append(now)
+        while self._seen[0] < now - RATE_SECONDS:
+            self._seen.popleft()
+
+    def value(self) -> float:
+        """From any thread."""
+        since = self._clock() - RATE_SECONDS
+        return sum(when >= since for when in list(self._seen)) / RATE_SECONDS
