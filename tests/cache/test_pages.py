@@ -241,6 +241,9 @@ def test_random_operations_keep_counts_bytes_and_contents(pages, operations):
     for name, seed in operations:
         getattr(paging, name)(Random(seed))
         paging.check()
+    evictable, before = paging.tree.evictable, paging.pool.nbytes
+    assert paging.tree.evict(before) == evictable == before - paging.pool.nbytes
+    paging.check()
     for sequence in paging.sequences:
         sequence.release()
     assert paging.pool.nbytes == paging.tree.evictable
