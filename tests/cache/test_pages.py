@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import io
+from random import Random
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pliant.cache import OutOfPages, PagedSequence, PagePool, PageShape, PrefixTree
 from pliant.errors import PliantError
@@ -106,72 +106,71 @@ def test_a_machine_without_memory_is_out_of_pages(monkeypatch):
     assert pool.nbytes == 0
 
 
-class Paging(RuleBasedStateMachine):
-    """Random operations beside a model: each sequence is the list of its tokens' contents."""
+SMALL = PageShape(1, 1, 8, 8, tokens=2)
 
-    @initialize(pages=st.integers(4, 24))
-    def begin(self, pages):
-        self.pool = PagePool(SHAPE, pages * PAGE)
+
+class Paging:
+    """Operations of a server, each beside what the sequences should be: lists of token ids."""
+
+    def __init__(self, pages: int) -> None:
+        self.pool = PagePool(SMALL, pages * SMALL.nbytes())
         self.tree = PrefixTree(self.pool)
         self.sequences: list[PagedSequence] = []
-        self.tokens: list[list[int]] = []  # what the sequences should be
+        self.tokens: list[list[int]] = []
         self.files: dict[int, io.BytesIO] = {}
 
-    def pick(self, data, swapped=False):
+    def pick(self, random: Random, swapped: bool = False) -> int | None:
         some = [i for i, s in enumerate(self.sequences) if s.swapped == swapped]
-        return data.draw(st.sampled_from(some)) if some else None
+        return random.choice(some) if some else None
 
-    @rule(tokens=st.lists(st.integers(0, 2), max_size=18))
-    def start(self, tokens):
+    def start(self, random: Random) -> None:
+        tokens = random.choices([0, 1], k=random.randrange(9))
         sequence = self.tree.start(tokens)
         assert len(sequence) <= max(len(tokens) - 1, 0)
         assert sequence.tokens == tokens[: len(sequence)]
         self.sequences.append(sequence)
         self.tokens.append(sequence.tokens.copy())
 
-    @rule(data=st.data(), tokens=st.lists(st.integers(0, 2), max_size=9))
-    def extend(self, data, tokens):
-        if (i := self.pick(data)) is None:
+    def extend(self, random: Random) -> None:
+        if (i := self.pick(random)) is None:
             return
         sequence, start = self.sequences[i], len(self.tokens[i])
+        tokens = random.choices([0, 1], k=random.randrange(1, 7))
         try:
             sequence.extend(tokens)
         except OutOfPages:
             return
         self.tokens[i] += tokens
-        for number, (page, first, last) in enumerate(sequence.spans(start)):
+        at = start
+        for page, first, last in sequence.spans(start):
             assert self.pool.writable(page)
-            at = start + sum(b - a for _, a, b in list(sequence.spans(start))[:number])
             for slot in range(first, last):
-                page.data[:, slot] = contents(self.tokens[i], at + slot - first)
+                page.data[:, slot] = contents(self.tokens[i], at)
+                at += 1
+        assert at == len(self.tokens[i])
 
-    @rule(data=st.data())
-    def fork(self, data):
-        if (i := self.pick(data)) is not None:
+    def fork(self, random: Random) -> None:
+        if (i := self.pick(random)) is not None:
             self.sequences.append(self.sequences[i].fork())
             self.tokens.append(self.tokens[i].copy())
 
-    @rule(data=st.data())
-    def truncate(self, data):
-        if (i := self.pick(data)) is not None:
-            length = data.draw(st.integers(0, len(self.tokens[i])))
+    def truncate(self, random: Random) -> None:
+        if (i := self.pick(random)) is not None:
+            length = random.randint(0, len(self.tokens[i]))
             self.sequences[i].truncate(length)
             del self.tokens[i][length:]
 
-    @rule(data=st.data())
-    def insert(self, data):
-        if (i := self.pick(data)) is not None:
+    def insert(self, random: Random) -> None:
+        if (i := self.pick(random)) is not None:
             self.tree.insert(self.sequences[i])
 
-    @rule(data=st.data())
-    def swap_out(self, data):
-        if (i := self.pick(data)) is not None:
+    def swap_out(self, random: Random) -> None:
+        if (i := self.pick(random)) is not None:
             file = self.files[id(self.sequences[i])] = io.BytesIO()
             self.sequences[i].swap_out(file)
 
-    @rule(data=st.data())
-    def swap_in(self, data):
-        if (i := self.pick(data, swapped=True)) is not None:
+    def swap_in(self, random: Random) -> None:
+        if (i := self.pick(random, swapped=True)) is not None:
             file = self.files[id(self.sequences[i])]
             file.seek(0)
             try:
@@ -179,57 +178,74 @@ class Paging(RuleBasedStateMachine):
             except OutOfPages:
                 assert self.sequences[i].swapped
 
-    @rule(data=st.data())
-    def release(self, data):
+    def release(self, random: Random) -> None:
         if self.sequences:
-            i = data.draw(st.integers(0, len(self.sequences) - 1))
+            i = random.randrange(len(self.sequences))
             self.sequences.pop(i).release()
             self.tokens.pop(i)
 
-    @rule(pages=st.integers(0, 24))
-    def budget(self, pages):
-        self.pool.budget = pages * PAGE
+    def budget(self, random: Random) -> None:
+        self.pool.budget = random.choice([0, 6, 12, 24]) * SMALL.nbytes()
 
-    @precondition(lambda self: self.pool.pages)
-    @rule(data=st.data())
-    def recode(self, data):
-        full = [p for s in self.sequences for p in s.pages[: len(s) // 4] if p.bits == 16]
+    def recode(self, random: Random) -> None:
+        full = [p for s in self.sequences for p in s.pages[: len(s) // SMALL.tokens]]
+        full = [page for page in full if page.bits == 16]
         if full:
-            page = data.draw(st.sampled_from(full))
-            self.pool.recode(page, 8)
+            self.pool.recode(random.choice(full), 8)
 
-    @invariant()
-    def counts_are_right(self):
+    def check(self) -> None:
+        self.check_counts()
+        for sequence, tokens in zip(self.sequences, self.tokens, strict=True):
+            self.check_contents(sequence, tokens)
+
+    def check_counts(self) -> None:
         held = [page for s in self.sequences for page in s.pages]
-        held += self.tree._pages()
+        held += [node.page for node in self.tree._used]
         distinct = {id(page): page for page in held}
         assert self.pool.pages == len(distinct)
         assert self.pool.nbytes == sum(page.data.nbytes for page in distinct.values())
         for page in distinct.values():
             assert page.holders == sum(other is page for other in held)
-            assert page.data.nbytes == SHAPE.nbytes(page.bits)
+            assert page.data.nbytes == SMALL.nbytes(page.bits)
 
-    @invariant()
-    def contents_are_right(self):
-        for sequence, tokens in zip(self.sequences, self.tokens, strict=True):
-            assert sequence.tokens == tokens
-            if sequence.swapped:
-                assert not sequence.pages
-                continue
-            at = 0
-            for page, first, last in sequence.spans(0):
-                found = self.pool.decoded(page)[:, first:last]
-                wanted = torch.stack([contents(tokens, at + k) for k in range(last - first)], 1)
-                torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.02)
-                at += last - first
+    def check_contents(self, sequence: PagedSequence, tokens: list[int]) -> None:
+        assert sequence.tokens == tokens
+        if sequence.swapped:
+            assert not sequence.pages
+            return
+        at = 0
+        for page, first, last in sequence.spans(0):
+            found = self.pool.decoded(page)[:, first:last]
+            wanted = torch.stack([contents(tokens, at + k) for k in range(last - first)], 1)
+            torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.02)
+            at += last - first
 
 
 def contents(tokens: list[int], at: int) -> torch.Tensor:
     """Stand-ins [layers, width] for the keys and values of a token: they depend on all before."""
-    number = hash(tuple(tokens[: at + 1])) % 1009
-    generator = torch.Generator().manual_seed(number)
-    return torch.randn(SHAPE.layers, SHAPE.width, generator=generator).bfloat16()
+    generator = torch.Generator().manual_seed(hash(tuple(tokens[: at + 1])) % 1009)
+    return torch.randn(SMALL.layers, SMALL.width, generator=generator).bfloat16()
 
 
-TestPaging = Paging.TestCase
-TestPaging.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+OPERATIONS = [
+    "start", "start", "extend", "extend", "extend", "fork", "truncate", "insert", "insert",
+    "swap_out", "swap_in", "release", "release", "budget", "recode",
+]  # fmt: skip
+steps = st.tuples(st.sampled_from(OPERATIONS), st.integers(0, 2**16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(4, 24), st.lists(steps, min_size=30, max_size=50))
+def test_random_operations_keep_counts_bytes_and_contents(pages, operations):
+    paging = Paging(pages)
+    for name, seed in operations:
+        getattr(paging, name)(Random(seed))
+        paging.check()
+    evictable, before = paging.tree.evictable, paging.pool.nbytes
+    assert paging.tree.evict(before) == evictable == before - paging.pool.nbytes
+    paging.check()
+    for sequence in paging.sequences:
+        sequence.release()
+    assert paging.pool.nbytes == paging.tree.evictable
+    paging.pool.budget = 0
+    assert paging.pool.pages == len(paging.tree) == 0

@@ -107,6 +107,21 @@ def test_the_least_recently_used_go_first_and_held_ones_stay():
     assert len(tree) == 0
 
 
+def test_what_is_before_a_held_page_stays():
+    """Behind a coarser page than its own, a sequence stores its second one."""
+    pool = PagePool(SHAPE, 9 * PAGE)
+    tree = PrefixTree(pool)
+    stored(tree, [1, 2, 0]).release()
+    pool.recode(tree.match([1, 2])[0], 2)
+    sequence = PagedSequence(pool)
+    sequence.extend([1, 2, 3, 4])
+    assert tree.insert(sequence) == 1
+    assert tree.evictable == tree.evict(PAGE) == 0
+    sequence.release()
+    assert tree.evictable == pool.nbytes == PAGE + SHAPE.nbytes(2)
+    assert tree.match([1, 2, 3, 4])
+
+
 def test_a_smaller_budget_evicts_at_once():
     pool = PagePool(SHAPE, 8 * PAGE)
     tree = PrefixTree(pool)

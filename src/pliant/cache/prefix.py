@@ -53,11 +53,17 @@ class PrefixTree:
     @property
     def evictable(self) -> int:
         """Bytes that `evict` could free now."""
-        return sum(page.data.nbytes for page in self._pages() if page.holders == 1)
+        total, stay = 0, {self._root}
+        for node in self._used:  # what is before one that stays stays
+            if node in stay or _page(node).holders > 1:
+                stay.add(_parent(node))
+            else:
+                total += _page(node).data.nbytes
+        return total
 
     def match(self, tokens: Sequence[int]) -> list[Page]:
         """The longest run of stored full pages that `tokens` begin with; nobody holds it yet."""
-        return [node.page for node in self._walk(tokens) if node.page is not None]
+        return list(map(_page, self._walk(tokens)))
 
     def start(self, tokens: Sequence[int]) -> PagedSequence:
         """A sequence with the longest stored beginning of `tokens`, but for their last at least.
@@ -65,7 +71,7 @@ class PrefixTree:
         A model that reads the rest therefore tells what follows.
         """
         path = self._walk(tokens[:-1])
-        pages = [node.page for node in path if node.page is not None]
+        pages = list(map(_page, path))
         self._touch(path)
         self.pool.hold(pages)
         return PagedSequence(self.pool, tokens[: len(pages) * self.pool.shape.tokens], pages)
@@ -87,8 +93,8 @@ class PrefixTree:
                 child = node.children[tokens] = _Node(node, tokens, page)
                 self.pool.hold([page])
                 new += 1
-            elif child.page is not None and child.page is not page and self._whole(child.page):
-                sequence.share(index, child.page)
+            elif child.page is not page and _page(child).bits == self.pool.shape.bits:
+                sequence.share(index, _page(child))
             path.append(child)
             node = child
         self._touch(path)
@@ -100,27 +106,19 @@ class PrefixTree:
         for node in list(self._used):
             if freed >= wanted:
                 break
-            page, parent = node.page, node.parent
-            assert page is not None
-            assert parent is not None
+            page = _page(node)
             if page.holders == 1 and not node.children:
-                del parent.children[node.tokens], self._used[node]
+                del _parent(node).children[node.tokens], self._used[node]
                 freed += page.data.nbytes
                 self.pool.drop([page])
         return freed
 
     def clear(self) -> None:
         """Let go of every page."""
-        pages = self._pages()
+        pages = list(map(_page, self._used))
         self._used.clear()
         self._root.children.clear()
         self.pool.drop(pages)
-
-    def _pages(self) -> list[Page]:
-        return [node.page for node in self._used if node.page is not None]
-
-    def _whole(self, page: Page) -> bool:
-        return page.bits == self.pool.shape.bits
 
     def _walk(self, tokens: Sequence[int]) -> list[_Node]:
         size, node, path = self.pool.shape.tokens, self._root, []
@@ -137,3 +135,13 @@ class PrefixTree:
         for node in reversed(path):
             self._used[node] = None
             self._used.move_to_end(node)
+
+
+def _page(node: _Node) -> Page:
+    assert node.page is not None  # only the root has none
+    return node.page
+
+
+def _parent(node: _Node) -> _Node:
+    assert node.parent is not None
+    return node.parent
