@@ -120,6 +120,10 @@ class FairQueue:
         self._arrived += 1
         heapq.heappush(self._heap, (answer.live.request.priority, self._arrived, answer))
 
+    def first(self) -> Answer | None:
+        """What `pop` would take."""
+        return self._heap[0][2] if self._heap else None
+
     def pop(self) -> Answer:
         return heapq.heappop(self._heap)[2]
 

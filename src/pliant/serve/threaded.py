@@ -1,0 +1,138 @@
+"""What engines that compute in a thread of their own share: the queue, budgets, the way out."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from abc import ABC, abstractmethod
+from concurrent.futures import Future
+from typing import Any
+
+from pliant.errors import PliantError
+from pliant.run.generate import context_of, end_tokens
+from pliant.serve.engine import Answer, ClosedError, FairQueue, Rate, Status
+from pliant.serve.request import Live, Request
+
+MOST_WAITING = 1024
+SCORED_CHUNK = 8  # prompt tokens whose logits are held at once
+
+
+class ThreadedEngine(ABC):
+    """Serves a RunningModel from a thread; `start` starts it and `close` ends it.
+
+    An engine says how it takes a turn, how many requests it runs and what its cache holds. Changes
+    of the budget are made between turns, and wherever it calls `_resize`.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, most_waiting: int = MOST_WAITING) -> None:
+        self.tokenizer, self._model = tokenizer, model
+        self.context = context_of(model)
+        self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
+        self._end = end_tokens(model, tokenizer)
+        self._queue = FairQueue(most_waiting)
+        self._budgets: list[tuple[int, Future[Status]]] = []
+        self._closing = False
+        self._changed = threading.Condition()  # guards the three above
+        self._prompt_tokens = self._new_tokens = 0
+        self._rate = Rate()
+        self._thread = threading.Thread(target=self._work, name="pliant-engine", daemon=True)
+
+    def submit(self, request: Request) -> Answer:
+        answer = Answer(Live(request, self.tokenizer, self._end), self._cancel)
+        with self._changed:
+            if self._closing:
+                raise ClosedError("the server is shutting down")
+            self._queue.push(answer)
+            self._changed.notify()
+        return answer
+
+    def status(self) -> Status:
+        plan = self._model.plan
+        with self._changed:
+            waiting = len(self._queue)
+        return Status(
+            waiting=waiting,
+            running=self._running_count(),
+            memory=plan.memory,
+            planned=plan.planned_bytes,
+            weights=plan.weight_bytes,
+            cache=self._cache_bytes(),
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            tokens_per_second=self._rate.value(),
+        )
+
+    async def set_budget(self, memory: int) -> Status:
+        done: Future[Status] = Future()
+        with self._changed:
+            if self._closing:
+                raise ClosedError("the server is shutting down")
+            self._budgets.append((memory, done))
+            self._changed.notify()
+        return await asyncio.wrap_future(done)
+
+    async def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        await asyncio.to_thread(self._thread.join)
+
+    @abstractmethod
+    def _turn(self) -> None:
+        """Do some of what there is to do; nothing where there is nothing."""
+
+    @abstractmethod
+    def _running_count(self) -> int:
+        """Requests that are computed now; from any thread."""
+
+    @abstractmethod
+    def _cache_bytes(self) -> int:
+        """Bytes that keys and values take; from any thread."""
+
+    def _cancel(self, answer: Answer) -> None:
+        with self._changed:
+            waited = self._queue.remove(answer)
+        if waited:
+            answer.put(answer.live.finished("cancelled"))
+
+    def _work(self) -> None:
+        while self._wait():
+            self._resize()
+            self._turn()
+
+    def _wait(self) -> bool:
+        """Until there is something to do; False when there never will be."""
+        with self._changed:
+            while not (len(self._queue) or self._budgets or self._running_count() or self._closing):
+                self._changed.wait()
+            return bool(len(self._queue) or self._budgets or self._running_count())
+
+    def _check(self, request: Request) -> None:
+        """Raise PliantError for a prompt that the context does not hold."""
+        if len(request.prompt) > self.context:
+            raise PliantError(
+                f"the prompt has {len(request.prompt)} tokens and the context is {self.context}"
+            )
+
+    def _counted(self) -> None:
+        """One more token of an answer."""
+        self._new_tokens += 1
+        self._rate.count()
+
+    def _resize(self) -> None:
+        """Go to the budgets that were asked for, in order."""
+        with self._changed:
+            budgets, self._budgets = self._budgets, []
+        for memory, done in budgets:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                self._model.resize(memory=memory)
+            except Exception as error:
+                done.set_exception(error)
+            else:
+                self._resized()
+                done.set_result(self.status())
+
+    def _resized(self) -> None:  # noqa: B027 (most engines have nothing to do)
+        """The model has other weights from now on."""
