@@ -395,12 +395,8 @@ def time_other(kind: str, out: int, width: int, dense: float) -> dict[str, Any]:
 
 
 def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str, float]]:
-    """(way, microseconds): decoded whole then multiplied by cuBLAS, and widened on the way.
-
-    Decoded by the CUDA kernel and, to compare, by Triton's.
-    """
+    """(way, microseconds): decoded whole, by the CUDA kernel or Triton's, then cuBLAS."""
     from pliant.kernels.triton import group as triton_group
-    from pliant.kernels.triton import prefill
 
     x = random_x(n, codes[0].width)
 
@@ -416,22 +412,9 @@ def time_prefill(codes: list[Code], n: int, library: Any) -> Iterator[tuple[str,
             f"{name} + cuBLAS",
             microseconds(lambda i, d=decode: _call(F.linear, x, d(i)), len(codes), True),
         )
-    for tile, warps, stages in product(
-        ((128, 128), (128, 256), (128, 64), (64, 128)), (4, 8), (2, 3, 4)
-    ):
-        if tile[0] * tile[1] // (32 * warps) > 128:  # sums that a thread would hold
-            continue
-        try:
-            took = microseconds(
-                lambda i, t=tile, w=warps, s=stages: _call(
-                    prefill.multiply, x, codes[i], t, w, s
-                ), len(codes), True,
-            )  # fmt: skip
-            yield f"widened {tile} {warps} warps {stages} stages", took
-        except Exception as error:
-            print(
-                "  widened", tile, warps, stages, type(error).__name__, str(error)[:100], flush=True
-            )
+
+
+# ---- peers --------------------------------------------------------------------------------------
 
 
 def tinygemm_time(out: int, width: int, n: int, group: int = 128) -> float:

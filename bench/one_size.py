@@ -35,7 +35,7 @@ from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
 WITHIN = 1.03
-TUNED = ("steps", "sequences", "prompt", "rate", "rate_fall")
+TUNED = ("steps", "batch", "sequences", "prompt", "rate", "rate_fall")
 
 
 def main() -> None:
@@ -58,8 +58,9 @@ def main() -> None:
             row[f"{name}_bytes"] = ours.go_to(size)
             row[name] = reference.damage(ours.model).as_dict()
         row["ratio"] = row["ladder"]["kl"] / row["alone"]["kl"]
-        tuned = Artifact.open(places["alone"]).recipe["tune"]
-        row |= {name: tuned[name] for name in TUNED}
+        for name, place in places.items():
+            tuned = Artifact.open(place).recipe["tune"]
+            row[f"{name}_training"] = {option: tuned[option] for option in TUNED}
         rows.append(row)
         print(f"{bits} bits: ladder {row['ladder']['kl']:.4f}, alone {row['alone']['kl']:.4f}, "
               f"ratio {row['ratio']:.3f}", flush=True)  # fmt: skip
@@ -106,6 +107,13 @@ def parsed() -> Any:
     return arguments
 
 
+def trained(options: dict[str, Any]) -> str:
+    rates = Tune(rate=options["rate"], rate_fall=options["rate_fall"])
+    rate = ", ".join(f"{1000 * rates.rate_of(bits):g}" for bits in (2, 3, 4))
+    prompted = ", prompted" if options["prompt"] else ""
+    return f"{options['steps']} x {options['batch']}, {options['sequences']}{prompted}, {rate} e-3"
+
+
 def write(rows: list[dict[str, Any]], arguments: Any) -> None:
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU"
     lines = [
@@ -114,21 +122,20 @@ def write(rows: list[dict[str, Any]], arguments: Any) -> None:
         f"`python bench/one_size.py ARTIFACT --against {Path(arguments.against).name} ...` "
         f"on {device}. Target: at most {WITHIN}.",
         "",
-        "| bits | steps | sequences | prompted | rate at 2, 3, 4 bits | ladder KL | 95% interval "
-        "| alone KL | 95% interval | ratio | ok |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "Training is steps x sequences a step, of how many sequences, rates at 2, 3, 4 bits.",
+        "",
+        "| bits | ladder's training | ladder KL | 95% interval | alone's training | alone KL "
+        "| 95% interval | ratio | ok |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = []
         for name in ("ladder", "alone"):
             low, high = row[name]["kl_ci95"]
-            cells += [f"{row[name]['kl']:.4f}", f"{low:.4f} to {high:.4f}"]
+            cells += [trained(row[f"{name}_training"]), f"{row[name]['kl']:.4f}"]
+            cells.append(f"{low:.4f} to {high:.4f}")
         cells += [f"{row['ratio']:.3f}", "yes" if row["ratio"] <= WITHIN else "no"]
-        prompted = "half" if row["prompt"] else "none"
-        rates = Tune(rate=row["rate"], rate_fall=row["rate_fall"])
-        rate = ", ".join(f"{1000 * rates.rate_of(bits):g}" for bits in (2, 3, 4)) + " e-3"
-        trained = f"{row['steps']} | {row['sequences']} | {prompted} | {rate}"
-        lines.append(f"| {row['bits']} | {trained} | {' | '.join(cells)} |")
+        lines.append(f"| {row['bits']} | {' | '.join(cells)} |")
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "one_size.json").write_text(json.dumps(rows, indent=1) + "\n")
     (RESULTS / "one_size.md").write_text("\n".join(lines) + "\n")

@@ -17,7 +17,10 @@ calibration never saw (texts.py). Two comparisons, always at the peer's bytes or
 
 Every row is kept in WORK/rows.json as it is measured, and a run that was interrupted goes on. Ours
 can be measured on another machine: --ours-only --sizes WORK/sizes.json --ids WORK/ids.safetensors
-makes rows there that --merge takes over here.
+makes rows there that --merge takes over here. What another machine needs for that, without a peer:
+
+    python bench/quality.py --text T --original --peers none --peers-only
+                            --merge bench/results/quality.json --work DIR --results DIR/again
 """
 
 from __future__ import annotations
@@ -84,6 +87,7 @@ def run(arguments: Any, peers: list[Peer], work: Path) -> None:
     for name, checkpoint in copies.items():
         bench = Bench(name, checkpoint, ids, rows, arguments, work)
         if not arguments.ours_only:
+            bench.calibration()
             for peer in peers:
                 bench.measure_peer(peer)
             write_sizes(work / "sizes.json", rows)
@@ -126,7 +130,7 @@ class Bench:
             out = self.work / "points" / self.copy / peer.name / point
             try:
                 print(f"{key}: making", flush=True)
-                made = peer.make(point, self.checkpoint.directory, self._calibration(), out)
+                made = peer.make(point, self.checkpoint.directory, self.calibration(), out)
                 self._measure_point(key, made, out / "weights.safetensors", wanted)
             except PeerError as error:
                 self._fail(key, str(error))
@@ -210,7 +214,7 @@ class Bench:
         if not out.exists():
             recipe = default_recipe(
                 self.arguments.effort,
-                text=str(self._calibration().with_suffix(".txt")),
+                text=str(self.calibration().with_suffix(".txt")),
                 gpu=self.arguments.device == "cuda",
             )
             print(f"{out.name}: fitting", flush=True)
@@ -221,7 +225,7 @@ class Bench:
             )  # fmt: skip
         return out
 
-    def _calibration(self) -> Path:
+    def calibration(self) -> Path:
         """The token ids that every peer calibrates on; their text is beside them, for ours."""
         path = self.work / "calibration.safetensors"
         if not path.exists():

@@ -34,12 +34,12 @@ from pliant.api import opened
 from pliant.codes import Dense
 from pliant.fit import default_recipe, fit
 from pliant.fit.recipe import Search, Tune
-from pliant.fit.training import cut_prompts
+from pliant.fit.training import written
 from pliant.fit.tune import tune
 from pliant.ladder import Artifact
 from pliant.measure import Reference
 from pliant.model import Checkpoint, StreamedModel, coded_model, open_checkpoint, swap
-from pliant.observe import choose_windows, load_text, split, windows, write_text
+from pliant.observe import choose_windows, load_text, split, windows
 from texts import spread
 
 RESULTS = Path(__file__).parent / "results"
@@ -94,8 +94,9 @@ class Bench:
         self._calibration = choose_windows(calibration, min(96, len(calibration)), seed=0)
         texts = {
             "wikitext": spread(found, COUNT),
-            "trained on": self._written(COUNT, SEED)[:COUNT],
-            "written": self._written(COUNT, SEED + 1000),
+            # The last of a part begin alike whether or not the first continue a prompt.
+            "trained on": self._written(512, SEED, Tune())[-COUNT:],
+            "written": self._written(512, SEED + 1000, Tune())[-COUNT:],
         }
         original = opened(checkpoint).to(self._device)
         self._references = {name: Reference.of(original, ids) for name, ids in texts.items()}
@@ -111,8 +112,7 @@ class Bench:
         started = time.monotonic()
         tuned = {}
         if settings.steps:
-            written = self._written(settings.sequences, SEED, settings.prompt)
-            ids = torch.cat([self._calibration, written])
+            ids = torch.cat([self._calibration, self._written(settings.sequences, SEED, settings)])
             tuned = tune(
                 self._model, self._artifact.ladder, self._artifact.load_code, ids, settings,
                 progress=lambda done, of: paced(name, done, of, started),
@@ -132,14 +132,14 @@ class Bench:
             print(f"{name}: {bits} bits", {k: round(v, 4) for k, v in sizes[str(bits)].items()})
         return {"name": name, "options": variant, "seconds": seconds, "damage": sizes}
 
-    def _written(self, count: int, seed: int, prompt: int = 0) -> Tensor:
+    def _written(self, count: int, seed: int, settings: Tune) -> Tensor:
         """Sequences [count, LENGTH] that the model wrote, kept in the work directory."""
-        kept = self._work / f"text-{seed}-{prompt}.safetensors"
+        how = (settings.prompt, settings.prompted, settings.temperature)
+        kept = self._work / f"text-{'-'.join(map(str, (seed, *how)))}.safetensors"
         have = load_file(kept)["ids"] if kept.exists() else torch.zeros(0, LENGTH).long()
         while len(have) < count:  # in parts of one size, so that more text begins as less does
             at = seed + len(have)
-            prompts = cut_prompts(self._calibration, 256, prompt, at)
-            part = write_text(self._model, 512, LENGTH, seed=at, prompts=prompts)
+            part = written(self._model, self._calibration, settings, 512, LENGTH, at)
             have = torch.cat([have, part])
             save_file({"ids": have}, kept)
         return have[:count]

@@ -137,6 +137,11 @@ def test_product_is_that_of_the_decoded_matrix(
     decode.multiply(x, code, library(*built, folder), stream(), shape, y=y)
     weight = code.decode(torch.float64)
     assert error_in_roundings(y, x.double() @ weight.t(), usual(x, weight)) < 1.2
+    with pytest.MonkeyPatch.context() as patch:  # digits of x made once, in a launch before
+        patch.setattr(decode, "_STAGED", 0)
+        same = torch.full_like(y, torch.nan)
+        decode.multiply(x, code, library(*built, folder), stream(), shape, y=same)
+    torch.testing.assert_close(same, y, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +265,8 @@ def test_little_shared_memory_is_enough(
     counting = SimpleNamespace(
         pliant_shared=lambda *given: used.append(shared(*given)) or used[-1],
         pliant_warps=kernel.pliant_warps,
+        pliant_staged=kernel.pliant_staged,
+        pliant_digits=kernel.pliant_digits,
         pliant_decode=kernel.pliant_decode,
     )
     x = torch.randn(3, 8192, device=DEVICE).bfloat16()

@@ -164,13 +164,16 @@ class Tune(_Strict):
     bits: weights of sizes between these, in bits a weight, are trained. rate: of integers, in
     steps of their grid, `rate_fall` halvings lower for each bit of width beyond two; scale_rate: of
     scales, relative. batch: sequences a step, `at_once` of
-    them in memory. sequences: of text to train on, written by the model; every other one continues
-    a piece of `prompt` tokens of the calibration text where the user gave one.
+    them in memory. sequences: of text to train on, written by the model at `temperature`; of them
+    the share `prompted` continues a piece of `prompt` tokens of the calibration text where the
+    user gave one.
     """
 
     steps: int = Field(default=0, ge=0)
     sequences: int = Field(default=1024, ge=1)
     prompt: int = Field(default=0, ge=0)
+    prompted: float = Field(default=0.5, ge=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
     batch: int = Field(default=16, ge=1)
     at_once: int = Field(default=16, ge=1)
     rate: float = Field(default=4e-3, gt=0)

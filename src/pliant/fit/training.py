@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pliant.codes import Code
 from pliant.fit.planning import Rungs
-from pliant.fit.recipe import Recipe, Reconstruct
+from pliant.fit.recipe import Recipe, Reconstruct, Tune
 from pliant.fit.reconstruct import reconstruct
 from pliant.fit.scratch import store
 from pliant.fit.tune import Key, tune
@@ -39,12 +39,22 @@ def training_text(
     parts = [calibration]
     for start in range(0, wanted, at_once):
         count, seed = min(at_once, wanted - start), recipe.seed + _SEED + start
-        prompts = cut_prompts(calibration, count // 2, recipe.tune.prompt, seed)
-        parts.append(write_text(model, count, length, seed=seed, prompts=prompts))
+        parts.append(written(model, calibration, recipe.tune, count, length, seed))
         report("writing training text", start + count, wanted)
     found = torch.cat(parts)
     store(path, {"ids": found})
     return found
+
+
+def written(
+    model: StreamedModel, calibration: Tensor, settings: Tune, count: int, length: int, seed: int
+) -> Tensor:
+    """Ids [count, length] that the model writes as `settings` says."""
+    prompted = round(count * settings.prompted)
+    prompts = cut_prompts(calibration, prompted, settings.prompt, seed)
+    return write_text(
+        model, count, length, seed=seed, prompts=prompts, temperature=settings.temperature
+    )
 
 
 def cut_prompts(text: Tensor, count: int, length: int, seed: int) -> Tensor | None:

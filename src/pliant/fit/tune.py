@@ -26,6 +26,7 @@ from transformers import DynamicCache
 
 from pliant.codes import Code, Dense
 from pliant.errors import PliantError
+from pliant.fit.descent import descend, write_weights
 from pliant.fit.recipe import Tune
 from pliant.kernels.streams import aside
 from pliant.ladder import Ladder
@@ -40,6 +41,7 @@ Key = tuple[str, int]  # target, rung
 _LOG = logging.getLogger(__name__)
 _SAVE_SECONDS = 300.0
 _AGREEMENT = 0.05  # of a gradient in 16 bits, summed in another order
+_STATE = ("position", "log_scale", "mean", "square", "scale_mean", "scale_square", "steps")
 
 
 def tune(
@@ -66,40 +68,24 @@ def tune(
     low, high = trained_sizes(ladder, settings)
     latents = _latents(model, ladder, load, low, high)
     student = _Student(model, ladder, load, latents)
-    widths: dict[int, list[Tensor]] = {}
-    for latent in latents.values():
-        widths.setdefault(latent.bits, []).append(latent.position)
-    optimizer = torch.optim.Adam(
-        [
-            *({"params": positions, "rate": settings.rate_of(bits)}
-              for bits, positions in sorted(widths.items())),
-            {"params": [latent.log_scale for latent in latents.values()],
-             "rate": settings.scale_rate},
-        ],
-        lr=0.0, betas=(0.9, 0.99), foreach=True,
-    )  # fmt: skip
     path = None if work is None else work / "tuning.safetensors"
-    start = 0 if path is None or not path.exists() else _take_up(path, optimizer)
+    start = 0 if path is None or not path.exists() else _take_up(path, latents)
     saved = time.monotonic()
     hidden = _last_hidden(model, ids)
     ids = ids.to(hidden.device)
     sizes, rows = _plan(len(ids), settings, (low, high), seed)
     rows = rows.to(hidden.device)
     for step, size in islice(enumerate(sizes), start, None):
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * _schedule(step, settings.steps)
-        optimizer.zero_grad(set_to_none=True)
         student.go_to(size)
         parts = torch.split(rows[step], settings.at_once)
         for part in parts:
             share = len(part) / settings.batch
             student.run(ids[part], hidden[part], share, alone=len(parts) == 1)
-        student.backward()
-        optimizer.step()
+        student.descend(settings, _schedule(step, settings.steps))
         if progress is not None:
             progress(step + 1, settings.steps)
         if path is not None and time.monotonic() - saved > _SAVE_SECONDS:
-            _save(path, optimizer, step + 1)
+            _save(path, latents, step + 1)
             saved = time.monotonic()
     return {key: latent.encode().to("cpu") for key, latent in latents.items()}
 
@@ -156,11 +142,12 @@ class _Student:
             if latent is not None:
                 self._held.pop(name, None)
                 self._trained[name] = latent
-                latent.write(leaf.data)
             elif self._held.get(name) != index:
                 self._held[name] = index
                 code = self._load(name, index).to(self._model.device)
                 leaf.data.copy_(code.decode(leaf.dtype))
+        leaves = [self._leaves[name].data for name in self._trained]
+        write_weights(list(self._trained.values()), leaves)
 
     def run(self, ids: Tensor, hidden: Tensor, share: float, *, alone: bool) -> None:
         """Add `share` of the gradient of the divergence on ids [b, T] to the matrices'.
@@ -183,12 +170,17 @@ class _Student:
         loss = self._divergence(ids, original)
         (loss * share).backward()  # type: ignore[no-untyped-call]
 
-    def backward(self) -> None:
-        """Carry the gradients that the module's matrices have gathered to the latents."""
-        for name, latent in self._trained.items():
-            gradient = self._leaves[name].grad
-            if gradient is not None:  # an expert may see no token
-                latent.pull(gradient)
+    def descend(self, settings: Tune, share: float) -> None:
+        """Move the latents along the gradients of the module's matrices, at `share` of the rates.
+
+        An expert that saw no token stays where it is.
+        """
+        gradients = {name: self._leaves[name].grad for name in self._trained}
+        moved = {name: gradient for name, gradient in gradients.items() if gradient is not None}
+        descend(
+            [self._trained[name] for name in moved], list(moved.values()),
+            lambda bits: share * settings.rate_of(bits), share * settings.scale_rate,
+        )  # fmt: skip
 
     def _divergence(self, ids: Tensor, original: Tensor) -> Tensor:
         """Mean KL, nats a token, of the student from the logits `original` on ids [b, T]."""
@@ -350,30 +342,29 @@ def _schedule(step: int, steps: int) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _save(path: Path, optimizer: torch.optim.Optimizer, step: int) -> None:
+def _save(path: Path, latents: dict[Key, Latent], step: int) -> None:
+    """What training has changed so far; latents that took no step are as they began."""
     tensors = {"step": torch.tensor(step)}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, parameter in enumerate(parameters):
-        tensors[f"{index}.value"] = parameter.detach()
-        for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{index}.{name}"] = value
+    for index, latent in enumerate(latents.values()):
+        if latent.steps:
+            held = (latent.position, latent.log_scale, *latent.moments, torch.tensor(latent.steps))
+            tensors |= {f"{index}.{name}": t.detach() for name, t in zip(_STATE, held, strict=True)}
     temporary = path.with_suffix(".tmp")
     with told_when_full(path.parent, sum(tensor.nbytes for tensor in tensors.values())):
         save_file(tensors, temporary)
         temporary.replace(path)
 
 
-def _take_up(path: Path, optimizer: torch.optim.Optimizer) -> int:
+@torch.no_grad()
+def _take_up(path: Path, latents: dict[Key, Latent]) -> int:
     """Put a saved state back; the number of steps that are done."""
     tensors = load_file(path)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    with torch.no_grad():
-        for index, parameter in enumerate(parameters):
-            parameter.copy_(tensors.pop(f"{index}.value"))
-    for name, value in tensors.items():
-        index, _, what = name.partition(".")
-        if what:
-            parameter = parameters[int(index)]
-            place = "cpu" if what == "step" else parameter.device
-            optimizer.state[parameter][what] = value.to(place)
+    for index, latent in enumerate(latents.values()):
+        held = [tensors.get(f"{index}.{name}") for name in _STATE]
+        if held[-1] is not None:
+            latent.begin_step()
+            own = (latent.position, latent.log_scale, *latent.moments)
+            for parameter, value in zip(own, held, strict=False):
+                parameter.copy_(value)
+            latent.steps = int(held[-1])
     return int(tensors["step"])

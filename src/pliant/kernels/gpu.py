@@ -1,8 +1,7 @@
 """Products on a GPU: the fastest kernel that a code, its batch and the machine allow.
 
 Group codes: up to 16 rows of x of 16 bits the CUDA kernel, one launch, the low-rank and sparse
-terms of a Sum added in it. Up to 64: the Triton kernel. More (prefill): integers of one plane by a
-kernel that widens them on the way to the tensor cores, up to 1,024; else decoded by one kernel, a
+terms of a Sum added in it. Up to 64: the Triton kernel. More (prefill): decoded by one kernel, a
 bounded number of rows at a time, and multiplied by the vendor's library. Without nvcc the Triton
 kernels take all. Codebooks and ternary codes: the same by Triton alone. What turns, gathers or
 scales x before a product is one launch of Triton's. Without Triton, or where gradients are asked
@@ -64,7 +63,7 @@ from pliant.kernels.decoding import has_triton, launched
 from pliant.kernels.dispatch import matmul, register, register_together
 
 _FEW = 64  # rows of x up to which weights are better decoded on the way than to memory
-_MANY = 1024  # the same for what triton/prefill.py takes; not timed yet
+_TOGETHER = 16384  # rows of W up to which products that share x gain by one launch (H100)
 
 
 @register(GroupInt, "cuda")
@@ -85,11 +84,6 @@ def group(x: Tensor, code: Code) -> Tensor:
 
     if len(x) <= _FEW:
         return triton_group.multiply(x, code)
-    if len(x) <= _MANY and x.dtype in (torch.float16, torch.bfloat16):
-        from pliant.kernels.triton import prefill
-
-        if isinstance(code, GroupInt) and prefill.takes(code):
-            return prefill.multiply(x.contiguous(), code)
     return _by_decoding(x, code)
 
 
@@ -107,7 +101,8 @@ def together(x: Tensor, codes: Sequence[Code]) -> list[Tensor | None]:
     for members in alike.values():
         for start in range(0, len(members), MOST_CODES):
             some = members[start : start + MOST_CODES]
-            if len(some) > 1:
+            rows = sum(codes[i].shape[0] for i in some)
+            if len(some) > 1 and rows <= _TOGETHER:
                 for i, y in zip(some, _each(x, [codes[i] for i in some]), strict=True):
                     found[i] = y
     return found

@@ -40,6 +40,9 @@ class Latent(ABC):
 
     position: Tensor
     log_scale: Tensor
+    moments: tuple[Tensor, ...] = ()  # running means of gradients and their squares, as Adam's:
+    # of position twice, then of log_scale; empty before the first step
+    steps: int = 0  # that were taken
     bits: int
     scale_bits: int
     width: int
@@ -57,27 +60,12 @@ class Latent(ABC):
     def grid(self) -> Grid:
         """What positions are rounded to."""
 
-    @torch.no_grad()
-    def write(self, out: Tensor) -> None:
-        """`weight()` into out [out, in], of any float type; in two launches on a GPU."""
-        if self.position.is_cuda:
-            from pliant.kernels.triton.latent import write_weight
-
-            write_weight(self.position, self.log_scale, out, self.grid(), self.scale_bits)
-        else:
-            out.copy_(self.weight())
-
-    def pull(self, gradient: Tensor) -> None:
-        """Set the gradients of position and log_scale for that of the weight [out, in]."""
-        if self.position.is_cuda:
-            from pliant.kernels.triton.latent import gradients
-
-            self.position.grad, self.log_scale.grad = gradients(
-                self.position, self.log_scale, gradient, self.grid(), self.scale_bits
-            )
-        else:
-            self.position.grad = self.log_scale.grad = None
-            self.weight().backward(gradient.float())  # type: ignore[no-untyped-call]
+    def begin_step(self) -> None:
+        """Count a step, with moments to take it with."""
+        self.steps += 1
+        if not self.moments:
+            parameters = (self.position, self.position, self.log_scale, self.log_scale)
+            self.moments = tuple(torch.zeros_like(each, requires_grad=False) for each in parameters)
 
     def _scales(self) -> Tensor:
         scales = self.log_scale.exp()

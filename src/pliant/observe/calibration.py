@@ -22,9 +22,10 @@ def write_text(
     *,
     seed: int = 0,
     prompts: Tensor | None = None,
+    temperature: float = 1.0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Token ids [sequences, length] that the model samples from itself at temperature 1.
+    """Token ids [sequences, length] that the model samples from itself.
 
     prompts: ids [n, p] that the first n sequences begin with instead.
 
@@ -53,7 +54,8 @@ def write_text(
     with torch.no_grad():
         for position in range(1, length):
             logits = follow(step, position - 1)
-            step = torch.multinomial(logits.float().softmax(-1), 1, generator=generator)
+            shares = (logits.float() / temperature).softmax(-1)
+            step = torch.multinomial(shares, 1, generator=generator)
             if prompts is not None and position < prompts.shape[1]:
                 step[: len(prompts), 0] = prompts[:, position].to(device)
             ids[:, position : position + 1] = step

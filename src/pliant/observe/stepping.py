@@ -103,7 +103,10 @@ class FixedSteps:
         return self._logits
 
     def _step(self) -> Tensor:
-        with attending_one_query(self._module):
+        # What the model writes is text of its own in 16 bits as well, at half the bytes a step.
+        kind = self._ids.device.type
+        half = torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False)
+        with half, attending_one_query(self._module):
             logits: Tensor = self._module(
                 input_ids=self._ids, position_ids=self._position[None], attention_mask=self._seen,
                 past_key_values=self._cache, use_cache=True, logits_to_keep=1,

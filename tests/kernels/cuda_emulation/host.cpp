@@ -87,6 +87,23 @@ extern "C" int pliant_decode_each(const Args* all, int count, int vec, int loads
   PLIANT_EACH_CASE
   return -1;
 }
+#undef PLIANT_CASE
+extern "C" int pliant_staged(const Args* a, int vec, int loads) {
+  return slabs_of(*a, vec, loads) * image_bytes(*a, vec, loads);
+}
+extern "C" int pliant_digits(const Args* a, int vec, int loads, int, void*) {
+  args = *a;
+  const int blocks = slabs_of(*a, vec, loads) * makers_of(*a, vec, loads);
+#define PLIANT_CASE(V, L, D, T)                                                        \
+  if constexpr (T == 1)                                                                \
+    if (vec == V && loads == L) {                                                      \
+      for (int i = 0; i < blocks; i++)                                                 \
+        emulate::run_block(i, kMakers, [] { make_digits<V, L>(args, blockIdx.x); });   \
+      return 0;                                                                        \
+    }
+  PLIANT_EACH_CASE
+  return -1;
+}
 
 static int expand_first, expand_last;
 extern "C" int pliant_expand(const Args* a, int first, int last, void*) {

@@ -75,6 +75,7 @@ struct Args {
   const uint16_t* sparse_values;   // fp16 [nnz] or null
   const int32_t* sparse_columns;   // [nnz]
   const int32_t* sparse_starts;    // [out + 1]
+  uint8_t* staged;                 // x as digits, slab after slab, that a launch before makes, or null
   int32_t out, width, groups, group_size, group_shift;  // shift: -1 for other group sizes
   int32_t n, y_stride;
   int32_t scale_kind;  // 0 fp16, 1 integers times row_scale / 2**bits, 2 exponents
@@ -687,10 +688,10 @@ __device__ __forceinline__ void stage_tables(const Args& a, uint8_t* tables) {
 
 // x of a slab as digits, [unit][load][row of x, digit][4 * VEC inputs], and of each unit and row of
 // x: its step u (over 2**place of the slice; times the levels'), and minus the middle zero point times
-// u times the sum of its digits (of levels: times minus one).
+// u times the sum of its digits (of levels: times minus one). Made by one of `parts` blocks alike.
 template <int VEC, int LOADS>
 __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uint8_t* shared, int begin,
-                                        int count, int bytes) {
+                                        int count, int bytes, int part = 0, int parts = 1) {
   constexpr int kLoad = 4 * VEC, kUnit = kLoad * LOADS;
   constexpr int kTeam = kUnit / 16;  // threads of a unit, sixteen neighbours each
   constexpr int kBatch = 2;          // pairs of loads issued together
@@ -709,7 +710,7 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
     unit = slice * a.slab + chunk;
     k = slice * bytes + (begin + chunk) * kUnit + i % kTeam * 16;
   };
-  for (int base = 0; base < items; base += kBatch * blockDim.x) {
+  for (int base = part * kBatch * blockDim.x; base < items; base += parts * kBatch * blockDim.x) {
     uint4 ahead[kBatch][2];
 #pragma unroll
     for (int b = 0; b < kBatch; b++) {
@@ -776,6 +777,32 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
       }
     }
   }
+}
+
+// Many rows of x are made digits of once, by a launch of their own, as blocks have them in shared
+// memory: bytes of a slab, and blocks that make one.
+constexpr int kMakers = 64;  // threads of such a block
+__host__ __device__ inline int image_bytes(const Args& a, int vec, int loads) {
+  const Layout layout = layout_of(a, vec, loads, 2, 1);
+  return layout.scales - layout.digits;
+}
+__host__ __device__ inline int slabs_of(const Args& a, int vec, int loads) {
+  const int chunks = a.width * kLow / 8 / (4 * vec * loads);
+  return (chunks + a.slab - 1) / a.slab;
+}
+__host__ __device__ inline int makers_of(const Args& a, int vec, int loads) {
+  const int items = a.n * kSlices * a.slab * (4 * vec * loads / 16), each = 2 * kMakers;
+  return (items + each - 1) / each;
+}
+template <int VEC, int LOADS>
+__device__ __forceinline__ void make_digits(const Args& a, int block) {
+  const Layout layout = layout_of(a, VEC, LOADS, 2, 1);
+  const int bytes = a.width * kLow / 8, chunks = bytes / (4 * VEC * LOADS);
+  const int parts = makers_of(a, VEC, LOADS), slab = block / parts, begin = slab * a.slab;
+  let_next_start();
+  wait_for_previous();
+  stage_x<VEC, LOADS>(a, layout, a.staged + slab * image_bytes(a, VEC, LOADS) - layout.digits, begin,
+                      min(a.slab, chunks - begin), bytes, block - slab * parts, parts);
 }
 
 // Products of one row of x with up to three codes of one form: what differs is where they are.
@@ -939,7 +966,16 @@ __device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* 
       wait_for_previous();
       waited = true;
     }
-    stage_x<VEC, LOADS>(a, layout, shared, begin, count, bytes);
+    if (TILES && a.staged) {
+      const int size = layout.scales - layout.digits;
+      const uint8_t* image = a.staged + begin / a.slab * size;
+      for (int i = threadIdx.x * 16; i < size; i += blockDim.x * 16)
+        copy_ahead<16>(shared + layout.digits + i, image + i);
+      end_copies();
+      wait_copies<0>();
+    } else {
+      stage_x<VEC, LOADS>(a, layout, shared, begin, count, bytes);
+    }
     __syncthreads();
 
     // The sums of a tile's rows go to shared memory.
@@ -1315,6 +1351,11 @@ __global__ void __launch_bounds__(32 * (most_warps(LOADS, TILES) + TERMS),
   decode_block<VEC, LOADS, DEPTH, TILES>(a, blockIdx.x, shared);
 }
 
+template <int VEC, int LOADS>
+__global__ void __launch_bounds__(kMakers) digits(const __grid_constant__ Args a) {
+  make_digits<VEC, LOADS>(a, blockIdx.x);
+}
+
 template <int VEC, int LOADS, int DEPTH>
 __global__ void __launch_bounds__(32 * most_warps(LOADS, 0), 1) decode_each(const __grid_constant__ Each e) {
   extern __shared__ __align__(16) uint8_t shared[];
@@ -1395,6 +1436,21 @@ int pliant_decode_each(const Args* each, int count, int vec, int loads, int dept
   if constexpr (T == 0 && !TERMS)                                                  \
     if (vec == V && loads == L && depth == D) return launch_each<V, L, D>(e, warps, overlap, s);
   PLIANT_EACH_CASE
+#undef PLIANT_CASE
+  return -1;
+}
+// Bytes of `staged` for a product whose slab is chosen, and the launch that makes it.
+int pliant_staged(const Args* a, int vec, int loads) {
+  return slabs_of(*a, vec, loads) * image_bytes(*a, vec, loads);
+}
+int pliant_digits(const Args* a, int vec, int loads, int overlap, void* stream) {
+  const int blocks = slabs_of(*a, vec, loads) * makers_of(*a, vec, loads);
+  cudaStream_t s = static_cast<cudaStream_t>(stream);
+#define PLIANT_CASE(V, L, D, T)   \
+  if constexpr (T == 1)           \
+    if (vec == V && loads == L) return start(digits<V, L>, blocks, kMakers, 0, overlap, s, *a);
+  PLIANT_EACH_CASE
+#undef PLIANT_CASE
   return -1;
 }
 // middle [n, rank] = x [n, width] times B [rank, width] transposed; width a multiple of 8.

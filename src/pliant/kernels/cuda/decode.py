@@ -21,6 +21,7 @@ from pliant.errors import PliantError
 
 MOST_ROWS = 16  # of x in one launch
 MOST_CODES = 3  # of one form, with one row of x
+_STAGED = 16 << 10  # inputs of several rows of x from which they become digits once for all blocks
 _SHARED = 226 << 10  # bytes of shared memory that a block may take on compute capability 9.0
 _SHARED_AIM = 112 << 10  # so that the next launch's block fits beside this one's
 
@@ -34,7 +35,7 @@ class _Args(ctypes.Structure):
             (name, ctypes.c_void_p)
             for name in (
                 *("row_scale", "tables", "x", "y", "factor", "middle", "projection", "counters"),
-                *("sparse_values", "sparse_columns", "sparse_starts"),
+                *("sparse_values", "sparse_columns", "sparse_starts", "staged"),
             )
         ),
         *(
@@ -140,10 +141,13 @@ def multiply(
         args.sparse_starts = terms.starts.data_ptr()
     tiles = 0 if n == 1 else next(t for t in (1, 2, 4) if n <= 4 * t)
     vec, loads, depth, warps = _cut(args, code, n, tiles, shape, library)
+    many = n > 1 and x.numel() >= _STAGED and not terms.late
+    held = _digits(args, vec, loads, shape.overlap, library, stream, x.device) if many else None
     status = library.pliant_decode(
         ctypes.byref(args), vec, loads, depth, tiles, warps, int(shape.overlap),
         ctypes.c_void_p(stream),
     )  # fmt: skip
+    del held  # what takes its place comes later on this stream
     if status:
         raise PliantError(f"the decode kernel did not start (error {status})")
     return y
@@ -192,6 +196,25 @@ def _product(x: Tensor, code: GroupInt | GroupLevels, y: Tensor) -> _Args:
     if isinstance(code, GroupLevels):
         args.level_step = _level_step(code)  # NaN shows in a product of the wrong library
     return args
+
+
+def _digits(
+    args: _Args,
+    vec: int,
+    loads: int,
+    overlap: bool,
+    library: Any,
+    stream: int,
+    device: torch.device,
+) -> Tensor:
+    """x as the blocks' shared memory will hold it, made by a launch of its own."""
+    where = (ctypes.byref(args), vec, loads)
+    made = torch.empty(library.pliant_staged(*where), dtype=torch.uint8, device=device)
+    args.staged = made.data_ptr()
+    status = library.pliant_digits(*where, int(overlap), ctypes.c_void_p(stream))
+    if status:
+        raise PliantError(f"the digits kernel did not start (error {status})")
+    return made
 
 
 def _cut(

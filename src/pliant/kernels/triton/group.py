@@ -30,7 +30,7 @@ _TRITS = 5  # in a byte
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def packed(first, second, third, rows, columns, count, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _packed(first, second, third, rows, columns, count, mask, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Stored integers at rows x columns (broadcast together) of planes of `count` columns."""
     value = (rows * 0 + columns * 0).to(tl.int32)
     if BITS == 8:
@@ -65,26 +65,6 @@ def _trits(packed, rows, byte, count, mask, FIELD: tl.constexpr):  # type: ignor
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def scale_of(  # type: ignore[no-untyped-def]
-    rows, group, groups, inside, there, s0, s1, s2, row_scale, base,
-    SCALES: tl.constexpr, SCALE_BITS: tl.constexpr, ROW_SCALE: tl.constexpr,
-):  # fmt: skip
-    """Scales of groups [.., G] of rows [M, 1], float32; base: what an exponent is stored less."""
-    if SCALES == 0:
-        return tl.load(s0 + rows * groups + group, mask=there, other=0.0).to(tl.float32)
-    stored = packed(s0, s1, s2, rows, group, groups, there, SCALE_BITS)
-    if SCALES == 1:
-        scale = stored.to(tl.float32)
-    else:
-        exponent = tl.minimum(tl.maximum(stored + base, 1), 254)
-        scale = (exponent << 23).to(tl.float32, bitcast=True)
-    if ROW_SCALE:
-        factor = tl.load(row_scale + rows, mask=inside, other=0.0).to(tl.float32)
-        scale *= factor * (1.0 / (1 << SCALE_BITS)) if SCALES == 1 else factor
-    return scale
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _weights(  # type: ignore[no-untyped-def]
     row, k, byte, size, out, width, groups, group_size,
     q0, q1, q2, s0, s1, s2, row_scale, base, z0, z1, z2, tables,
@@ -103,7 +83,7 @@ def _weights(  # type: ignore[no-untyped-def]
     if BITS == 0:
         q = _trits(q0, rows, byte[None, :], size, inside & (byte[None, :] < size), FIELD)
     else:
-        q = packed(q0, q1, q2, rows, k[None, :], width, inside & (k[None, :] < width), BITS)
+        q = _packed(q0, q1, q2, rows, k[None, :], width, inside & (k[None, :] < width), BITS)
     if ONE_GROUP:
         group = (tl.min(k, axis=0) // group_size + tl.arange(0, 1))[None, :]
     else:
@@ -112,16 +92,24 @@ def _weights(  # type: ignore[no-untyped-def]
     if SCALES == 3:
         table = tables + ((rows * base + group) << BITS)
         return tl.load(table + q, mask=there, other=0.0).to(tl.float32)
-    scale = scale_of(
-        rows, group, groups, inside, there, s0, s1, s2, row_scale, base,
-        SCALES, SCALE_BITS, ROW_SCALE,
-    )  # fmt: skip
+    if SCALES == 0:
+        scale = tl.load(s0 + rows * groups + group, mask=there, other=0.0).to(tl.float32)
+    else:
+        stored = _packed(s0, s1, s2, rows, group, groups, there, SCALE_BITS)
+        if SCALES == 1:
+            scale = stored.to(tl.float32)
+        else:
+            exponent = tl.minimum(tl.maximum(stored + base, 1), 254)
+            scale = (exponent << 23).to(tl.float32, bitcast=True)
+        if ROW_SCALE:
+            factor = tl.load(row_scale + rows, mask=inside, other=0.0).to(tl.float32)
+            scale *= factor * (1.0 / (1 << SCALE_BITS)) if SCALES == 1 else factor
     if LEVELS:
         if ZERO_BITS > 0:
-            q += packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS) << BITS
+            q += _packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS) << BITS
         return tl.load(tables + q).to(tl.float32) * scale
     if ZERO_BITS > 0:
-        zero = packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS).to(tl.float32)
+        zero = _packed(z0, z1, z2, rows, group, groups, there, ZERO_BITS).to(tl.float32)
         return (q.to(tl.float32) - zero) * scale
     middle: tl.constexpr = 1 if BITS == 0 else 0.5 if BITS == 1 else (1 << BITS) // 2
     return (q.to(tl.float32) - middle) * scale
@@ -209,15 +197,15 @@ def multiply(
         return y.zero_()
     if tile is None:  # few rows of x: many programs, each of few rows of W
         of_w, of_x = (32, 16) if n <= 16 else (32, 64) if n <= 64 else (128, 128)
-        nbytes = (of_w + of_x) * fields(code) * x.element_size()
-        deepest, most = _depth(nbytes, shared_memory(x.device))
+        nbytes = (of_w + of_x) * _fields(code) * x.element_size()
+        deepest, most = _depth(nbytes, _shared_memory(x.device))
         tile, stages = (of_w, of_x, most), stages or deepest
     rows, columns, inputs = tile
     grid = (triton.cdiv(out, rows), triton.cdiv(n, columns))
     with launched_on(x.device):
         _multiply[grid](
-            x, y, n, x.stride(0), x.stride(1), y.stride(0), row_bytes(code),
-            *stored_arguments(code), **kinds(code, inputs), M=rows, N=columns, K=inputs,
+            x, y, n, x.stride(0), x.stride(1), y.stride(0), _row_bytes(code),
+            *_stored(code), **_kinds(code, inputs), M=rows, N=columns, K=inputs,
             PRECISION=precision if x.dtype == torch.float32 else "tf32",
             num_warps=warps, num_stages=stages or 3,
         )  # fmt: skip
@@ -233,19 +221,12 @@ def decode(
     first, last, _ = rows.indices(code.shape[0])
     matrix = torch.empty(max(last - first, 0), code.width, dtype=dtype, device=code.device)
     if matrix.numel():
-        size = row_bytes(code)
+        size = _row_bytes(code)
         tall, inputs = 16, 128
         grid = (triton.cdiv(matrix.shape[0], tall), triton.cdiv(size, inputs))
         with launched_on(matrix.device):
             _decode[grid](
-                matrix,
-                first,
-                last,
-                size,
-                *stored_arguments(code),
-                **kinds(code, inputs),
-                M=tall,
-                K=inputs,
+                matrix, first, last, size, *_stored(code), **_kinds(code, inputs), M=tall, K=inputs
             )
     return matrix
 
@@ -271,7 +252,7 @@ def _depth(nbytes: int, room: int) -> tuple[int, int]:
 
 
 @cache
-def shared_memory(device: torch.device) -> int:
+def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a program may take; of a large GPU where there is none."""
     if device.type != "cuda":
         return 227 << 10
@@ -279,19 +260,19 @@ def shared_memory(device: torch.device) -> int:
     return int(getattr(found, "shared_memory_per_block_optin", 48 << 10))
 
 
-def fields(code: Packed) -> int:
+def _fields(code: Packed) -> int:
     """Weights in a byte of the narrowest plane."""
     return _TRITS if isinstance(code, Ternary) else 8 // PLANES[code.bit_width][-1]
 
 
-def row_bytes(code: Packed) -> int:
+def _row_bytes(code: Packed) -> int:
     """Of the narrowest plane."""
     if isinstance(code, Ternary):
         return code.packed.shape[1]
     return plane_bytes(code.width, PLANES[code.bit_width][-1])
 
 
-def stored_arguments(code: Packed) -> tuple[Any, ...]:
+def _stored(code: Packed) -> tuple[Any, ...]:
     """The arguments from `out` to `tables`; a tensor that is not there is the weights' plane."""
     planes = (code.packed,) if isinstance(code, Ternary) else code.planes
     filler = planes[0]
@@ -318,9 +299,9 @@ def stored_arguments(code: Packed) -> tuple[Any, ...]:
     )  # fmt: skip
 
 
-def kinds(code: Packed, inputs: int) -> dict[str, Any]:
+def _kinds(code: Packed, inputs: int) -> dict[str, Any]:
     """The constants that a kernel is compiled for."""
-    zero_bits, count = 0, fields(code)
+    zero_bits, fields = 0, _fields(code)
     if isinstance(code, GroupInt):
         zero_bits = 0 if code.zeros is None else code.bit_width
     elif isinstance(code, GroupLevels):
@@ -332,8 +313,8 @@ def kinds(code: Packed, inputs: int) -> dict[str, Any]:
         groups, scale_bits, row_scale = scales.groups, scales.bits, scales.row_scale is not None
         kind = _HALF if scale_bits == 16 else _INTEGERS
         kind = _POWERS if isinstance(scales, PowerScales) else kind
-    span = inputs * count if isinstance(code, Ternary) else inputs
-    whole = row_bytes(code) % inputs == 0 and code.group_size % span == 0
+    span = inputs * fields if isinstance(code, Ternary) else inputs
+    whole = _row_bytes(code) % inputs == 0 and code.group_size % span == 0
     return {
         "BITS": 0 if isinstance(code, Ternary) else code.bit_width,
         "LEVELS": isinstance(code, GroupLevels | Codebook),
@@ -342,5 +323,5 @@ def kinds(code: Packed, inputs: int) -> dict[str, Any]:
         "ROW_SCALE": row_scale,
         "ZERO_BITS": zero_bits,
         "ONE_GROUP": whole or groups == 1,
-        "FIELDS": count,
+        "FIELDS": fields,
     }

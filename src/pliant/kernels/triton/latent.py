@@ -1,8 +1,14 @@
-"""A trainable matrix as a weight, and its gradients: two launches each, nothing kept between."""
+"""Many trainable matrices at once: their weights, and a step of Adam, in a launch a form.
+
+What a launch needs to know of each matrix is in a table on the GPU, so that the hundreds of a model
+cost no more launches than a few. Large ones are several entries of it.
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -11,24 +17,44 @@ from torch import Tensor
 
 from pliant.kernels.streams import launched_on
 
-_WEIGHTS = 4096  # of a launch's program, at most, unless one group has more
+_WEIGHTS = 1024  # that a program holds at a time, unless one group has more
+_ROWS = 1024  # of an entry, at most; a multiple of 8
+_PROGRAMS = 128  # of an entry
+_NUMBERS = tl.constexpr(11)  # of an entry: eight addresses, rows, groups, width
+_REALS = tl.constexpr(7)
+_WIDTHS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _scales(  # type: ignore[no-untyped-def]
-    log_scale, stored, groups, top, steps, HALF: tl.constexpr, GROUPS: tl.constexpr
-):
-    """One row's scales as its code will hold them."""
-    index = tl.arange(0, GROUPS)
-    here = tl.program_id(0).to(tl.int64) * groups + index
-    scale = tl.exp(tl.load(log_scale + here, mask=index < groups, other=-1e30))
-    if HALF:
-        scale = scale.to(tl.float16).to(tl.float32)
-    else:
-        largest = tl.max(scale, axis=0) * (steps / top)
-        unit = largest.to(tl.float16).to(tl.float32) / steps
-        scale = tl.minimum(tl.maximum(tl.floor(scale / unit + 0.5), 1.0), top) * unit
-    tl.store(stored + here, scale, mask=index < groups)
+class Grid(Protocol):
+    """As `pliant.methods.latent.Grid`."""
+
+    @property
+    def points(self) -> Tensor: ...
+    @property
+    def reach(self) -> float: ...
+    @property
+    def top(self) -> int: ...
+    @property
+    def unit(self) -> float: ...
+
+
+class Trainable(Protocol):
+    """As `pliant.methods.latent.Latent`; all of it float32 and contiguous."""
+
+    position: Tensor  # [out, groups, group_size]
+    log_scale: Tensor  # [out, groups]
+    moments: tuple[Tensor, ...]
+    scale_bits: int
+
+    def grid(self) -> Grid: ...
+
+
+class Rates(NamedTuple):
+    """A step of Adam for one matrix: rates over the first correction, root of the second."""
+
+    position: float
+    scale: float
+    root: float
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -50,119 +76,209 @@ def _nearest(x, points, group, inside, top, LEVELS: tl.constexpr):  # type: igno
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _weight(  # type: ignore[no-untyped-def]
-    position, stored, points, weight, count, groups, size, width, top, unit,
-    LEVELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = group < count
-    place = tl.arange(0, SIZE)
-    column = (group % groups)[:, None] * size + place[None, :]
-    held = inside[:, None] & (place < size)[None, :]
-    x = tl.load(position + group[:, None] * size + place[None, :], mask=held, other=0.0)
-    scale = tl.load(stored + group, mask=inside, other=0.0) * unit
-    value = _nearest(x, points, group, inside, top, LEVELS) * scale[:, None]
-    there = (group // groups)[:, None] * width + column
-    tl.store(weight + there, value, mask=held & (column < width))
+def _scale_step(log_scale, groups, scale_top, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a row's scales are multiples of in their code; of no use where those are fp16."""
+    index = tl.arange(0, GROUPS)
+    scale = tl.exp(tl.load(log_scale + index, mask=index < groups, other=-1e30))
+    steps = scale_top + 1.0
+    largest = tl.max(scale, axis=0) * (steps / tl.maximum(scale_top, 1.0))
+    return largest.to(tl.float16).to(tl.float32) / steps
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gradients(  # type: ignore[no-untyped-def]
-    gradient, position, log_scale, stored, points, to_position, to_scale,
-    count, groups, size, width, top, unit, reach,
-    LEVELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+def _stored(scale, step, scale_top):  # type: ignore[no-untyped-def]
+    """Scales as their code will hold them; scale_top 0: in fp16."""
+    near = tl.minimum(tl.maximum(tl.floor(scale / step + 0.5), 1.0), scale_top) * step
+    return tl.where(scale_top > 0.0, near, scale.to(tl.float16).to(tl.float32))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _address(entry, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where a tensor of KIND begins; torch's memory and eight rows of any are multiples of 16."""
+    return tl.multiple_of(tl.load(entry), 16).to(tl.pointer_type(KIND))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _write(  # type: ignore[no-untyped-def]
+    numbers, reals, size,
+    LEVELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = group < count
+    numbers += tl.program_id(0) * _NUMBERS
+    reals += tl.program_id(0) * _REALS
+    position = _address(numbers, tl.float32)
+    log_scale = _address(numbers + 1, tl.float32)
+    points = _address(numbers + 2, tl.float32)
+    weight = _address(numbers + 3, KIND)
+    rows, groups = tl.load(numbers + 8), tl.load(numbers + 9)
+    width = tl.load(numbers + 10)
+    if EVEN:
+        width = tl.multiple_of(width, 16)
+    top, unit = tl.load(reals), tl.load(reals + 1)
+    scale_top = tl.load(reals + 3)
     place = tl.arange(0, SIZE)
-    column = (group % groups)[:, None] * size + place[None, :]
-    held = inside[:, None] & (place < size)[None, :]
-    here = group[:, None] * size + place[None, :]
-    x = tl.load(position + here, mask=held, other=0.0)
-    there = (group // groups)[:, None] * width + column
-    given = tl.load(gradient + there, mask=held & (column < width), other=0.0).to(tl.float32)
-    scale = tl.load(stored + group, mask=inside, other=0.0) * unit
-    if LEVELS == 0:
-        pulled = (x > -reach) & (x < top + reach)
-    else:
-        low = tl.load(points + group * LEVELS, mask=inside, other=0.0) - reach
-        high = tl.load(points + group * LEVELS + LEVELS - 1, mask=inside, other=0.0) + reach
-        pulled = (x > low[:, None]) & (x < high[:, None])
-    tl.store(to_position + here, tl.where(pulled, given * scale[:, None], 0.0), mask=held)
-    value = _nearest(x, points, group, inside, top, LEVELS)
-    smooth = tl.exp(tl.load(log_scale + group, mask=inside, other=0.0))
-    tl.store(to_scale + group, tl.sum(given * value, axis=1) * smooth * unit, mask=inside)
+    for row in range(tl.program_id(1), rows, tl.num_programs(1)):
+        step = _scale_step(log_scale + row * groups, groups, scale_top, GROUPS)
+        for first in range(0, groups, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            inside = index < groups
+            group = row * groups + index
+            column = index[:, None] * size + place[None, :]
+            held = inside[:, None] & (place < size)[None, :]
+            x = tl.load(position + group[:, None] * size + place[None, :], mask=held, other=0.0)
+            scale = tl.exp(tl.load(log_scale + group, mask=inside, other=0.0))
+            scale = _stored(scale, step, scale_top) * unit
+            value = _nearest(x, points, group, inside, top, LEVELS) * scale[:, None]
+            tl.store(weight + row * width + column, value.to(KIND), mask=held & (column < width))
 
 
-class Grid(Protocol):
-    """As `pliant.methods.latent.Grid`."""
-
-    @property
-    def points(self) -> Tensor: ...
-    @property
-    def reach(self) -> float: ...
-    @property
-    def top(self) -> int: ...
-    @property
-    def unit(self) -> float: ...
+@triton.jit  # type: ignore[untyped-decorator]
+def _moved(parameter, first, second, gradient, mask, rate, root, b1, b2, eps):  # type: ignore[no-untyped-def]
+    """Adam on what lies at three addresses: the parameter and its two running means."""
+    mean = tl.load(first, mask=mask, other=0.0) * b1 + gradient * (1.0 - b1)
+    square = tl.load(second, mask=mask, other=0.0) * b2 + gradient * gradient * (1.0 - b2)
+    tl.store(first, mean, mask=mask)
+    tl.store(second, square, mask=mask)
+    moved = tl.load(parameter, mask=mask, other=0.0) - rate * mean / (tl.sqrt(square) / root + eps)
+    tl.store(parameter, moved, mask=mask)
 
 
-def write_weight(
-    position: Tensor,  # [out, groups, group_size] float32
-    log_scale: Tensor,  # [out, groups] float32
-    weight: Tensor,  # [out, in], written: contiguous, of any float type
-    grid: Grid,
-    scale_bits: int,
+@triton.jit  # type: ignore[untyped-decorator]
+def _descend(  # type: ignore[no-untyped-def]
+    numbers, reals, size, b1, b2, eps,
+    LEVELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    KIND: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    numbers += tl.program_id(0) * _NUMBERS
+    reals += tl.program_id(0) * _REALS
+    position = _address(numbers, tl.float32)
+    log_scale = _address(numbers + 1, tl.float32)
+    points = _address(numbers + 2, tl.float32)
+    gradient = _address(numbers + 3, KIND)
+    mean, square = _address(numbers + 4, tl.float32), _address(numbers + 5, tl.float32)
+    scale_mean, scale_square = _address(numbers + 6, tl.float32), _address(numbers + 7, tl.float32)
+    rows, groups = tl.load(numbers + 8), tl.load(numbers + 9)
+    width = tl.load(numbers + 10)
+    if EVEN:
+        width = tl.multiple_of(width, 16)
+    top, unit, reach = tl.load(reals), tl.load(reals + 1), tl.load(reals + 2)
+    scale_top = tl.load(reals + 3)
+    rate, scale_rate, root = tl.load(reals + 4), tl.load(reals + 5), tl.load(reals + 6)
+    place = tl.arange(0, SIZE)
+    for row in range(tl.program_id(1), rows, tl.num_programs(1)):
+        step = _scale_step(log_scale + row * groups, groups, scale_top, GROUPS)
+        for first in range(0, groups, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            inside = index < groups
+            group = row * groups + index
+            column = index[:, None] * size + place[None, :]
+            held = inside[:, None] & (place < size)[None, :]
+            here = group[:, None] * size + place[None, :]
+            x = tl.load(position + here, mask=held, other=0.0)
+            there = gradient + row * width + column
+            given = tl.load(there, mask=held & (column < width), other=0.0).to(tl.float32)
+            smooth = tl.exp(tl.load(log_scale + group, mask=inside, other=0.0))
+            scale = _stored(smooth, step, scale_top) * unit
+            if LEVELS == 0:
+                pulled = (x > -reach) & (x < top + reach)
+            else:
+                low = tl.load(points + group * LEVELS, mask=inside, other=0.0) - reach
+                high = tl.load(points + group * LEVELS + LEVELS - 1, mask=inside, other=0.0) + reach
+                pulled = (x > low[:, None]) & (x < high[:, None])
+            value = _nearest(x, points, group, inside, top, LEVELS)
+            to_position = tl.where(pulled, given * scale[:, None], 0.0)
+            to_scale = tl.sum(given * value, axis=1) * smooth * unit
+            _moved(position + here, mean + here, square + here, to_position, held, rate, root,
+                   b1, b2, eps)  # fmt: skip
+            _moved(log_scale + group, scale_mean + group, scale_square + group, to_scale, inside,
+                   scale_rate, root, b1, b2, eps)  # fmt: skip
+
+
+def write_weights(latents: Sequence[Trainable], weights: Sequence[Tensor]) -> None:
+    """Into each of weights [out, in]: the point next to each position, times its scale and unit.
+
+    weights: contiguous, all of one float type. Scales are those that the latent's code stores.
+    """
+    still = [Rates(0.0, 0.0, 1.0)] * len(latents)
+    _launched(_write, latents, weights, still)
+
+
+def descend(
+    latents: Sequence[Trainable],
+    gradients: Sequence[Tensor],
+    rates: Sequence[Rates],
+    betas: tuple[float, float],
+    eps: float,
 ) -> None:
-    """The point next to each position, times its scale and unit.
+    """A step of Adam for each, from the gradient [out, in] of its weight.
 
-    Scales are those that a code of `scale_bits` stores.
+    Gradients pass straight through both roundings; none reaches positions further than the grid's
+    reach beyond its outermost points. gradients: all of one float type.
     """
-    stored = _stored(log_scale, scale_bits)
-    count, tile = log_scale.numel(), _tile(position, grid)
-    with launched_on(position.device):
-        _weight[(triton.cdiv(count, tile["BLOCK"]),)](
-            position, stored, grid.points, weight, count, *position.shape[1:], weight.shape[1],
-            float(grid.top), grid.unit, **tile,
-        )  # fmt: skip
+    whole = [gradient.contiguous() for gradient in gradients]
+    _launched(_descend, latents, whole, rates, *betas, eps)
 
 
-def gradients(
-    position: Tensor,  # [out, groups, group_size] float32
-    log_scale: Tensor,  # [out, groups] float32
-    gradient: Tensor,  # [out, in] of the weight, of any float type
-    grid: Grid,
-    scale_bits: int,
-) -> tuple[Tensor, Tensor]:
-    """Those of position and log_scale: straight through both roundings.
+def _launched(
+    kernel: Any,
+    latents: Sequence[Trainable],
+    matrices: Sequence[Tensor],
+    rates: Sequence[Rates],
+    *constants: float,
+) -> None:
+    """`kernel` on all, a launch for each form."""
+    forms: dict[tuple[int, int], list[int]] = {}
+    for index, latent in enumerate(latents):
+        grid = latent.grid()
+        levels = 0 if grid.top else grid.points.shape[-1]
+        forms.setdefault((levels, latent.position.shape[2]), []).append(index)
+    for (levels, size), chosen in forms.items():
+        device = latents[chosen[0]].position.device
+        numbers, reals = [], []
+        for index in chosen:
+            entries = _entries(latents[index], matrices[index])
+            about = _reals(latents[index], rates[index])
+            for entry in entries:
+                numbers.append(entry)
+                reals.append(about)
+        padded = triton.next_power_of_2(size)
+        groups = max(latents[index].position.shape[1] for index in chosen)
+        with launched_on(device):
+            kernel[(len(numbers), _PROGRAMS)](
+                _sent(torch.tensor(numbers), device), _sent(torch.tensor(reals), device),
+                size, *constants, LEVELS=levels, SIZE=padded,
+                BLOCK=max(1, min(triton.next_power_of_2(groups), _WEIGHTS // padded)),
+                GROUPS=triton.next_power_of_2(groups), KIND=_WIDTHS[matrices[chosen[0]].dtype],
+                EVEN=all(matrices[index].shape[1] % 16 == 0 for index in chosen),
+            )  # fmt: skip
 
-    None reaches positions further than the grid's reach beyond its outermost points.
-    """
-    stored, gradient = _stored(log_scale, scale_bits), gradient.contiguous()
-    to_position, to_scale = torch.empty_like(position), torch.empty_like(log_scale)
-    count, tile = log_scale.numel(), _tile(position, grid)
-    with launched_on(position.device):
-        _gradients[(triton.cdiv(count, tile["BLOCK"]),)](
-            gradient, position, log_scale, stored, grid.points, to_position, to_scale,
-            count, *position.shape[1:], gradient.shape[1],
-            float(grid.top), grid.unit, grid.reach, **tile,
-        )  # fmt: skip
-    return to_position, to_scale
+
+def _entries(latent: Trainable, matrix: Tensor) -> Iterator[list[int]]:
+    """Addresses and extents of a latent and its matrix [out, in], by at most _ROWS rows."""
+    position, points = latent.position, latent.grid().points
+    out, groups, _ = position.shape
+    moments = latent.moments or (position,) * 4  # of no use before the first step
+    tensors = (position, latent.log_scale, points, matrix, *moments)
+    assert all(tensor.is_contiguous() for tensor in tensors)
+    strides = [tensor.nbytes // out for tensor in tensors]
+    places = [tensor.data_ptr() for tensor in tensors]
+    for first in range(0, out, _ROWS):
+        at = [place + first * stride for place, stride in zip(places, strides, strict=True)]
+        yield [*at, min(_ROWS, out - first), groups, matrix.shape[1]]
 
 
-def _stored(log_scale: Tensor, bits: int) -> Tensor:
-    """[out, groups]: the scales as their code will hold them."""
-    out, groups = log_scale.shape
-    stored = torch.empty_like(log_scale)
-    with launched_on(log_scale.device):
-        _scales[(out,)](
-            log_scale, stored, groups, float(2**bits - 1), float(2**bits),
-            HALF=bits == 16, GROUPS=triton.next_power_of_2(groups),
-        )  # fmt: skip
-    return stored
+def _reals(latent: Trainable, rates: Rates) -> list[float]:
+    grid = latent.grid()
+    scale_top = 0.0 if latent.scale_bits == 16 else float(2**latent.scale_bits - 1)
+    return [float(grid.top), grid.unit, grid.reach, scale_top, *rates]
 
 
-def _tile(position: Tensor, grid: Grid) -> dict[str, int]:
-    size = triton.next_power_of_2(position.shape[2])
-    levels = 0 if grid.top else grid.points.shape[-1]
-    return {"LEVELS": levels, "SIZE": size, "BLOCK": max(1, min(16, _WEIGHTS // size))}
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """`table` on `device`, without a wait for what runs there."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+def corrected(rate: float, scale_rate: float, steps: int, betas: tuple[float, float]) -> Rates:
+    """Adam's step number `steps`, from 1, with both bias corrections."""
+    first, second = (1 - beta**steps for beta in betas)
+    return Rates(rate / first, scale_rate / first, math.sqrt(second))

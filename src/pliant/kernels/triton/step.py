@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pliant.codes import GroupInt, GroupLevels
 from pliant.kernels.streams import launched_on
-from pliant.kernels.triton.group import _weights, kinds, row_bytes, stored_arguments
+from pliant.kernels.triton.group import _kinds, _row_bytes, _stored, _weights
 
 TILE = 64  # keys and values that a program of attention takes at once
 _MOST_PARTS = 64  # programs that share the keys and values of a head
@@ -231,11 +231,11 @@ def embed(
     early: bool = False,
 ) -> None:
     """Write the row of `code` that is the token's, rounded to row.dtype."""
-    size, inputs = row_bytes(code), 256
-    constants = kinds(code, inputs)
+    size, inputs = _row_bytes(code), 256
+    kinds = _kinds(code, inputs)
     with launched_on(row.device):
         _embed[(triton.cdiv(size, inputs),)](
-            token, row, first, size, *stored_arguments(code), **constants, K=inputs, EARLY=early,
+            token, row, first, size, *_stored(code), **kinds, K=inputs, EARLY=early,
             **_launch(early),
         )  # fmt: skip
 
