@@ -129,16 +129,15 @@ def test_a_client_that_goes_cancels(scripted_url, scripted, stream, leave):
 
 def test_a_client_that_goes_frees_the_real_engine(model):
     engine = SequentialEngine(model, model.artifact.tokenizer())
+    asked = {"prompt": ["abc"] * 100, "max_tokens": 190, "temperature": 0, "stream": True}
     with serving(engine) as url:
-        engines = [
-            connect(url, {"prompt": "x", "max_tokens": 190, "stream": True}) for _ in range(5)
-        ]
-        for connection in engines:
-            connection.close()
+        connection = connect(url, asked)
+        eventually(lambda: engine.status().waiting)
+        connection.close()
         eventually(lambda: engine.status().running + engine.status().waiting == 0)
-        sent = httpx.post(
-            f"{url}/v1/completions", json={"prompt": "x", "max_tokens": 2}, timeout=30
-        )
+        assert engine.status().new_tokens < 100 * 190
+        one = asked | {"prompt": "abc", "max_tokens": 2, "stream": False}
+        sent = httpx.post(f"{url}/v1/completions", json=one, timeout=30)
         assert sent.json()["usage"]["completion_tokens"] == 2
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+from urllib.parse import urlsplit
+
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from pliant.serve import gate
 from pliant.serve.gate import Limits
 
 from .conftest import eventually, serving
@@ -38,7 +42,7 @@ def test_the_budget_is_told_and_moved(http):
                       "waiting": 0, "running": 0}  # fmt: skip
     assert http.put("/v1/budget", json={"memory": "1KiB"}).json()["memory"] == 1024
     assert http.put("/v1/budget", json={"memory": 2048}).json()["memory"] == 2048
-    for wrong in (5, "much", -1, "9 bananas"):
+    for wrong in (5, "much", -1, "9 bananas", 10**400, "9" * 400, None, [1], True):
         refused = http.put("/v1/budget", json={"memory": wrong})
         assert refused.status_code == 400
         assert error_of(refused)["param"] == "memory"
@@ -117,6 +121,17 @@ def test_answers_have_a_longest_time():
         assert '"timeout"' in stream.text
         assert "[DONE]" not in stream.text
         eventually(lambda: len(engine.cancelled) == 2)
+
+
+def test_requests_have_a_longest_time_to_arrive(monkeypatch):
+    monkeypatch.setattr(gate, "GRACE_SECONDS", 0.0)
+    with serving(ScriptedEngine(), limits=Limits(seconds=0.2)) as url:
+        where = urlsplit(url)
+        with socket.create_connection((where.hostname, where.port), timeout=30) as connection:
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            connection.sendall(head + b"content-length: 100\r\n\r\n{")
+            said = connection.recv(65536)
+    assert said.startswith(b"HTTP/1.1 504")
 
 
 def test_a_full_queue_says_so(http, scripted):

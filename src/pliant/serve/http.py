@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from pliant.budget import parse_size
@@ -46,7 +46,7 @@ T = TypeVar("T")
 class BudgetRequest(BaseModel):
     """memory: the total, in bytes or as text such as "1.5GiB"."""
 
-    memory: int | str
+    memory: Annotated[int, Field(lt=2**63)] | Annotated[str, Field(max_length=32)]
 
 
 class BudgetStatus(BaseModel):
