@@ -21,6 +21,9 @@ def serve(
     memory: Memory = None,
     weights: Weights = None,
     context: Context = None,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Sequences that the KV cache holds; several run together.")
+    ] = 1,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -47,16 +50,18 @@ def serve(
     body_bytes = parse_size(max_body)
     with loading():
         from pliant.run import load
+        from pliant.serve.batching import BatchingEngine
         from pliant.serve.gate import Limits
         from pliant.serve.http import create_app
         from pliant.serve.sequential import SequentialEngine
         from pliant.serve.server import is_loopback, listen, serve, url_of
     with listen(host, port) as listening:
-        model = load(directory, memory, weights, context, batch=1, device=device)
+        model = load(directory, memory, weights, context, batch=batch, device=device)
         tokenizer = model.artifact.tokenizer()
+        kind = BatchingEngine if batch > 1 else SequentialEngine
         limits = Limits(body_bytes, time_limit, tuple(key for key in api_key or () if key))
         name = name or directory.resolve().name
-        app = create_app(SequentialEngine(model, tokenizer), name, limits, cors or ())
+        app = create_app(kind(model, tokenizer), name, limits, cors or ())
         url, plan = url_of(listening), model.plan
         if as_json:
             print_json({"url": url, "name": name, "context": plan.context,
