@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from pliant.codes import Code, GroupInt, GroupLevels, quantize_scales
-from pliant.fit.descent import BETAS, descend, write_weights
+from pliant.fit.descent import BETAS, EPS, corrected, descend, write_weights
 from pliant.kernels.triton import latent as launches
 from pliant.methods import latent
 
@@ -106,8 +106,8 @@ def check(codes: list[Code]) -> None:
         descend(expected[some], gradients, lambda bits: 0.01 * bits, 0.002)
         for each in found[some]:
             each.begin_step()
-        rates = [launches.corrected(0.01 * f.bits, 0.002, f.steps, BETAS) for f in found[some]]
-        launches.descend(found[some], [g.to(DEVICE) for g in gradients], rates, BETAS, 1e-8)
+        rates = [corrected(0.01 * f.bits, 0.002, f.steps) for f in found[some]]
+        launches.descend(found[some], [g.to(DEVICE) for g in gradients], rates, BETAS, EPS)
         for own, theirs in zip(found, expected, strict=True):
             assert own.steps == theirs.steps
             torch.testing.assert_close(own.position.cpu(), theirs.position, rtol=1e-4, atol=1e-5)

@@ -6,6 +6,7 @@ few launches (kernels/triton/latent.py); elsewhere plain torch does the same, on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from pliant.methods.latent import Latent
 
 BETAS = (0.9, 0.99)
-_EPS = 1e-8
+EPS = 1e-8
 
 
 @torch.no_grad()
@@ -41,29 +42,31 @@ def descend(
     """
     for latent in latents:
         latent.begin_step()
+    rates = [corrected(rate(latent.bits), scale_rate, latent.steps) for latent in latents]
     if latents and latents[0].position.is_cuda:
         from pliant.kernels.triton import latent as launches
 
-        rates = [
-            launches.corrected(rate(latent.bits), scale_rate, latent.steps, BETAS)
-            for latent in latents
-        ]
-        launches.descend(latents, gradients, rates, BETAS, _EPS)
+        launches.descend(latents, gradients, rates, BETAS, EPS)
         return
-    for latent, gradient in zip(latents, gradients, strict=True):
+    for latent, gradient, (own, of_scale, root) in zip(latents, gradients, rates, strict=True):
         latent.position.grad = latent.log_scale.grad = None
         latent.weight().backward(gradient.float())  # type: ignore[no-untyped-call]
         first, second, scale_first, scale_second = latent.moments
-        _adam(latent.position, first, second, latent.steps, rate(latent.bits))
-        _adam(latent.log_scale, scale_first, scale_second, latent.steps, scale_rate)
+        _adam(latent.position, first, second, own, root)
+        _adam(latent.log_scale, scale_first, scale_second, of_scale, root)
+
+
+def corrected(rate: float, scale_rate: float, steps: int) -> tuple[float, float, float]:
+    """Both rates over Adam's first bias correction at step `steps`, from 1; the second's root."""
+    first, second = (1 - beta**steps for beta in BETAS)
+    return rate / first, scale_rate / first, math.sqrt(second)
 
 
 @torch.no_grad()
-def _adam(parameter: Tensor, mean: Tensor, square: Tensor, steps: int, rate: float) -> None:
+def _adam(parameter: Tensor, mean: Tensor, square: Tensor, rate: float, root: float) -> None:
     gradient = parameter.grad
     assert gradient is not None
     mean.lerp_(gradient, 1 - BETAS[0])
     square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    first, second = (1 - beta**steps for beta in BETAS)
-    parameter.addcdiv_(mean, (square / second).sqrt_().add_(_EPS), value=-rate / first)
+    parameter.addcdiv_(mean, square.sqrt().div_(root).add_(EPS), value=-rate)
     parameter.grad = None

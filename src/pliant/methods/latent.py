@@ -33,16 +33,16 @@ class Latent(ABC):
 
     position [out, groups, group_size]: each weight on the scale of its group's grid, in steps of
     about one integer; what is nearest is stored. log_scale [out, groups]. `weight()` is what the
-    code of `encode()` decodes to. Sources: Learned Step Size Quantization (positions and scales
-    learned together); EfficientQAT: Efficient Quantization-Aware Training for Large Language
-    Models (starting from a calibrated rounding).
+    code of `encode()` decodes to. moments: Adam's running means of position's gradients and of
+    their squares, then of log_scale's; none before the first of `steps`. Sources: Learned Step
+    Size Quantization (positions and scales learned together); EfficientQAT: Efficient
+    Quantization-Aware Training for Large Language Models (starting from a calibrated rounding).
     """
 
     position: Tensor
     log_scale: Tensor
-    moments: tuple[Tensor, ...] = ()  # running means of gradients and their squares, as Adam's:
-    # of position twice, then of log_scale; empty before the first step
-    steps: int = 0  # that were taken
+    moments: tuple[Tensor, ...] = ()
+    steps: int = 0
     bits: int
     scale_bits: int
     width: int

@@ -6,9 +6,8 @@ cost no more launches than a few. Large ones are several entries of it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import triton
@@ -49,12 +48,8 @@ class Trainable(Protocol):
     def grid(self) -> Grid: ...
 
 
-class Rates(NamedTuple):
-    """A step of Adam for one matrix: rates over the first correction, root of the second."""
-
-    position: float
-    scale: float
-    root: float
+Rates = tuple[float, float, float]
+"""Of a step of Adam: `pliant.fit.descent.corrected`."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -99,6 +94,35 @@ def _address(entry, KIND: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _entry(numbers, KIND: tl.constexpr, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where this program's matrix is, of KIND, and the latent's own tensors; their extents."""
+    width = tl.load(numbers + 10)
+    if EVEN:
+        width = tl.multiple_of(width, 16)
+    return (
+        _address(numbers, tl.float32), _address(numbers + 1, tl.float32),
+        _address(numbers + 2, tl.float32), _address(numbers + 3, KIND),
+        tl.load(numbers + 8), tl.load(numbers + 9), width,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(  # type: ignore[no-untyped-def]
+    row, first, groups, size, width, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Some groups of a row: their index, which are there, where their weights lie and are held.
+
+    Of the weights [groups, size]: places in the latent and in the matrix, and two masks for these.
+    """
+    index, place = first + tl.arange(0, BLOCK), tl.arange(0, SIZE)
+    inside, group = index < groups, row * groups + index
+    column = index[:, None] * size + place[None, :]
+    held = inside[:, None] & (place < size)[None, :]
+    here = group[:, None] * size + place[None, :]
+    return group, inside, here, held, row * width + column, held & (column < width)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _write(  # type: ignore[no-untyped-def]
     numbers, reals, size,
     LEVELS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
@@ -106,30 +130,19 @@ def _write(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     numbers += tl.program_id(0) * _NUMBERS
     reals += tl.program_id(0) * _REALS
-    position = _address(numbers, tl.float32)
-    log_scale = _address(numbers + 1, tl.float32)
-    points = _address(numbers + 2, tl.float32)
-    weight = _address(numbers + 3, KIND)
-    rows, groups = tl.load(numbers + 8), tl.load(numbers + 9)
-    width = tl.load(numbers + 10)
-    if EVEN:
-        width = tl.multiple_of(width, 16)
-    top, unit = tl.load(reals), tl.load(reals + 1)
-    scale_top = tl.load(reals + 3)
-    place = tl.arange(0, SIZE)
+    position, log_scale, points, weight, rows, groups, width = _entry(numbers, KIND, EVEN)
+    top, unit, scale_top = tl.load(reals), tl.load(reals + 1), tl.load(reals + 3)
     for row in range(tl.program_id(1), rows, tl.num_programs(1)):
         step = _scale_step(log_scale + row * groups, groups, scale_top, GROUPS)
         for first in range(0, groups, BLOCK):
-            index = first + tl.arange(0, BLOCK)
-            inside = index < groups
-            group = row * groups + index
-            column = index[:, None] * size + place[None, :]
-            held = inside[:, None] & (place < size)[None, :]
-            x = tl.load(position + group[:, None] * size + place[None, :], mask=held, other=0.0)
+            group, inside, here, held, there, stored = _places(
+                row, first, groups, size, width, SIZE, BLOCK
+            )
+            x = tl.load(position + here, mask=held, other=0.0)
             scale = tl.exp(tl.load(log_scale + group, mask=inside, other=0.0))
             scale = _stored(scale, step, scale_top) * unit
             value = _nearest(x, points, group, inside, top, LEVELS) * scale[:, None]
-            tl.store(weight + row * width + column, value.to(KIND), mask=held & (column < width))
+            tl.store(weight + there, value.to(KIND), mask=stored)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -151,32 +164,20 @@ def _descend(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     numbers += tl.program_id(0) * _NUMBERS
     reals += tl.program_id(0) * _REALS
-    position = _address(numbers, tl.float32)
-    log_scale = _address(numbers + 1, tl.float32)
-    points = _address(numbers + 2, tl.float32)
-    gradient = _address(numbers + 3, KIND)
+    position, log_scale, points, gradient, rows, groups, width = _entry(numbers, KIND, EVEN)
     mean, square = _address(numbers + 4, tl.float32), _address(numbers + 5, tl.float32)
     scale_mean, scale_square = _address(numbers + 6, tl.float32), _address(numbers + 7, tl.float32)
-    rows, groups = tl.load(numbers + 8), tl.load(numbers + 9)
-    width = tl.load(numbers + 10)
-    if EVEN:
-        width = tl.multiple_of(width, 16)
     top, unit, reach = tl.load(reals), tl.load(reals + 1), tl.load(reals + 2)
     scale_top = tl.load(reals + 3)
     rate, scale_rate, root = tl.load(reals + 4), tl.load(reals + 5), tl.load(reals + 6)
-    place = tl.arange(0, SIZE)
     for row in range(tl.program_id(1), rows, tl.num_programs(1)):
         step = _scale_step(log_scale + row * groups, groups, scale_top, GROUPS)
         for first in range(0, groups, BLOCK):
-            index = first + tl.arange(0, BLOCK)
-            inside = index < groups
-            group = row * groups + index
-            column = index[:, None] * size + place[None, :]
-            held = inside[:, None] & (place < size)[None, :]
-            here = group[:, None] * size + place[None, :]
+            group, inside, here, held, there, stored = _places(
+                row, first, groups, size, width, SIZE, BLOCK
+            )
             x = tl.load(position + here, mask=held, other=0.0)
-            there = gradient + row * width + column
-            given = tl.load(there, mask=held & (column < width), other=0.0).to(tl.float32)
+            given = tl.load(gradient + there, mask=stored, other=0.0).to(tl.float32)
             smooth = tl.exp(tl.load(log_scale + group, mask=inside, other=0.0))
             scale = _stored(smooth, step, scale_top) * unit
             if LEVELS == 0:
@@ -199,7 +200,7 @@ def write_weights(latents: Sequence[Trainable], weights: Sequence[Tensor]) -> No
 
     weights: contiguous, all of one float type. Scales are those that the latent's code stores.
     """
-    still = [Rates(0.0, 0.0, 1.0)] * len(latents)
+    still: list[Rates] = [(0.0, 0.0, 1.0)] * len(latents)
     _launched(_write, latents, weights, still)
 
 
@@ -276,9 +277,3 @@ def _reals(latent: Trainable, rates: Rates) -> list[float]:
 def _sent(table: Tensor, device: torch.device) -> Tensor:
     """`table` on `device`, without a wait for what runs there."""
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-
-
-def corrected(rate: float, scale_rate: float, steps: int, betas: tuple[float, float]) -> Rates:
-    """Adam's step number `steps`, from 1, with both bias corrections."""
-    first, second = (1 - beta**steps for beta in betas)
-    return Rates(rate / first, scale_rate / first, math.sqrt(second))
