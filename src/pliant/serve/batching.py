@@ -7,7 +7,6 @@ Prefills" (a pass takes a token of every answer and a piece of a prompt).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +18,7 @@ from pliant.plan.memory import PREFILL_CHUNK
 from pliant.run.sampling import Score
 from pliant.serve.engine import Answer
 from pliant.serve.request import Reason
-from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine
-
-_log = logging.getLogger(__name__)
+from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine, failure
 
 
 class _Running:
@@ -88,7 +85,7 @@ class BatchingEngine(ThreadedEngine):
         self._tree.clear()  # keys and values of other weights are not for new requests
 
     def _turn(self) -> None:
-        """One pass: a token more for every answer, and a piece of the first unread prompt."""
+        """One pass: a token more for every answer, and of unread prompts as much as it takes."""
         self._leave()
         self._admit()
         chunks = self._chunks()
@@ -189,11 +186,7 @@ class BatchingEngine(ThreadedEngine):
         live, request = running.answer.live, running.answer.live.request
         del running.ahead[:count]
         if running.scoring:
-            following = request.prompt[len(running.scores) + 1 :]
-            running.scores += [
-                Score.of(row, token, request.logprobs or 0)
-                for row, token in zip(logits, following, strict=False)
-            ]
+            running.scores += live.scores(len(running.scores), logits)
             logits = logits[-1]
         if running.ahead:
             return
@@ -224,11 +217,7 @@ class BatchingEngine(ThreadedEngine):
         last.give_way()
 
     def _fail(self, running: _Running, error: Exception) -> None:
-        message = str(error)
-        if not isinstance(error, PliantError):
-            _log.error("a request failed", exc_info=error)
-            message = "the engine failed; its log says how"
-        self._end_of(running, "error", message)
+        self._end_of(running, "error", failure(error))
 
     def _end_of(self, running: _Running, reason: Reason, message: str = "") -> None:
         for held in (self._running, self._again):

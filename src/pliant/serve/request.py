@@ -141,6 +141,13 @@ class Live:
         self.reason = reason
         return Finished(reason, len(self.request.prompt), self.cached, self.made, message)
 
+    def scores(self, done: int, logits: Tensor) -> list[Score]:
+        """Of the prompt's tokens behind `done` scored ones; logits [n, vocabulary] before each."""
+        following, likeliest = self.request.prompt[done + 1 :], self.request.logprobs or 0
+        return [
+            Score.of(row, token, likeliest) for row, token in zip(logits, following, strict=False)
+        ]
+
     def prompt(self, scores: Sequence[Score]) -> Prompt:
         """The prompt's tokens; scores: of all but the first."""
         tokens = [Token(self.request.prompt[0], self._alone(self.request.prompt[0]), 0)]

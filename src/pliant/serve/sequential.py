@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
 from pliant.run.generate import Memory, pieces
 from pliant.run.sampling import Score
 from pliant.serve.engine import Answer
 from pliant.serve.request import Finished
-from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine
-
-_log = logging.getLogger(__name__)
+from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine, failure
 
 
 class SequentialEngine(ThreadedEngine):
@@ -66,13 +62,9 @@ class SequentialEngine(ThreadedEngine):
                 if live.reason is None:
                     logits = self._step(answer, [token])
             return live.finished(live.reason or "cancelled")
-        except PliantError as error:
+        except Exception as error:
             self._memory.forget()
-            return live.finished("error", str(error))
-        except Exception:
-            self._memory.forget()
-            _log.exception("a request failed")
-            return live.finished("error", "the engine failed; its log says how")
+            return live.finished("error", failure(error))
 
     def _read(self, answer: Answer) -> Tensor | None:
         """Take the prompt in; the logits after it, None when cancelled."""
@@ -102,10 +94,7 @@ class SequentialEngine(ThreadedEngine):
             if self._interrupted(answer):
                 return None
             after = self._memory.extend_all(piece)
-            scores += [
-                Score.of(row, token, live.request.logprobs or 0)
-                for row, token in zip(after, prompt[len(scores) + 1 :], strict=False)
-            ]
+            scores += live.scores(len(scores), after)
             logits = after[-1].clone()
         self._read_tokens = len(prompt)
         answer.put(live.prompt(scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import Future
@@ -16,9 +17,19 @@ from pliant.serve.request import Live, Request
 MOST_WAITING = 1024
 SCORED_CHUNK = 8  # prompt tokens whose logits are held at once
 
+_log = logging.getLogger(__name__)
+
+
+def failure(error: Exception) -> str:
+    """What a request is told that ends in `error`: a mistake in words, all else is for the log."""
+    if isinstance(error, PliantError):
+        return str(error)
+    _log.error("a request failed", exc_info=error)
+    return "the engine failed; its log says how"
+
 
 class ThreadedEngine(ABC):
-    """Serves a RunningModel from a thread; `start` starts it and `close` ends it.
+    """Serves a RunningModel from a thread, which an engine starts once it is made; `close` ends it.
 
     An engine says how it takes a turn, how many requests it runs and what its cache holds. Changes
     of the budget are made between turns, and wherever it calls `_resize`.
