@@ -89,7 +89,7 @@ extern "C" int pliant_decode_each(const Args* all, int count, int vec, int loads
 }
 #undef PLIANT_CASE
 extern "C" int pliant_staged(const Args* a, int vec, int loads) {
-  return slabs_of(*a, vec, loads) * image_bytes(*a, vec, loads);
+  return staged_bytes(*a, vec, loads);
 }
 extern "C" int pliant_digits(const Args* a, int vec, int loads, int, void*) {
   args = *a;

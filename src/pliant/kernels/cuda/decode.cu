@@ -782,13 +782,13 @@ __device__ __forceinline__ void stage_x(const Args& a, const Layout& layout, uin
 // Many rows of x are made digits of once, by a launch of their own, as blocks have them in shared
 // memory: bytes of a slab, and blocks that make one.
 constexpr int kMakers = 64;  // threads of such a block
-__host__ __device__ inline int image_bytes(const Args& a, int vec, int loads) {
-  const Layout layout = layout_of(a, vec, loads, 2, 1);
-  return layout.scales - layout.digits;
-}
+__host__ __device__ inline int image_bytes(const Layout& layout) { return layout.scales - layout.digits; }
 __host__ __device__ inline int slabs_of(const Args& a, int vec, int loads) {
   const int chunks = a.width * kLow / 8 / (4 * vec * loads);
   return (chunks + a.slab - 1) / a.slab;
+}
+inline int staged_bytes(const Args& a, int vec, int loads) {
+  return slabs_of(a, vec, loads) * image_bytes(layout_of(a, vec, loads, 2, 1));
 }
 __host__ __device__ inline int makers_of(const Args& a, int vec, int loads) {
   const int items = a.n * kSlices * a.slab * (4 * vec * loads / 16), each = 2 * kMakers;
@@ -801,7 +801,7 @@ __device__ __forceinline__ void make_digits(const Args& a, int block) {
   const int parts = makers_of(a, VEC, LOADS), slab = block / parts, begin = slab * a.slab;
   let_next_start();
   wait_for_previous();
-  stage_x<VEC, LOADS>(a, layout, a.staged + slab * image_bytes(a, VEC, LOADS) - layout.digits, begin,
+  stage_x<VEC, LOADS>(a, layout, a.staged + slab * image_bytes(layout) - layout.digits, begin,
                       min(a.slab, chunks - begin), bytes, block - slab * parts, parts);
 }
 
@@ -967,7 +967,7 @@ __device__ __forceinline__ void decode_block(const Args& a, int block, uint8_t* 
       waited = true;
     }
     if (TILES && a.staged) {
-      const int size = layout.scales - layout.digits;
+      const int size = image_bytes(layout);
       const uint8_t* image = a.staged + begin / a.slab * size;
       for (int i = threadIdx.x * 16; i < size; i += blockDim.x * 16)
         copy_ahead<16>(shared + layout.digits + i, image + i);
@@ -1441,7 +1441,7 @@ int pliant_decode_each(const Args* each, int count, int vec, int loads, int dept
 }
 // Bytes of `staged` for a product whose slab is chosen, and the launch that makes it.
 int pliant_staged(const Args* a, int vec, int loads) {
-  return slabs_of(*a, vec, loads) * image_bytes(*a, vec, loads);
+  return staged_bytes(*a, vec, loads);
 }
 int pliant_digits(const Args* a, int vec, int loads, int overlap, void* stream) {
   const int blocks = slabs_of(*a, vec, loads) * makers_of(*a, vec, loads);
