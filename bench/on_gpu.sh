@@ -9,9 +9,9 @@
 # how they are made). SECONDS_EACH bounds a step. Options of training for `quality`: STEPS, SEQUENCES,
 # BATCH, RATE, RATE_FALL, PROMPT, PROMPTED, TEMPERATURE of the ladder; ALONE_STEPS, ALONE_RATE.
 set -u
+what=$1 out=$(realpath -m "$2") given=$(realpath -m "${3:-.}")
 cd "$(dirname "$0")/.."
 export PYTHONPATH="${PYTHONPATH:-}:$PWD/src" PYTHONUNBUFFERED=1 PLIANT_GPU_KERNELS=1 HF_HUB_OFFLINE=1
-what=$1 out=$2
 mkdir -p "$out"
 
 step() {  # NAME SECONDS COMMAND...
@@ -91,4 +91,4 @@ quality() {
 }
 
 export -f fitted model
-"$what" "${@:3}"
+"$what" "$given" "${@:4}"
