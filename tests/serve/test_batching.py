@@ -15,7 +15,7 @@ from pliant.run import Sampler, load
 from pliant.serve.batching import BatchingEngine
 from pliant.serve.request import Finished, Piece, Prompt, Request
 
-from .test_sequential import PROMPT, Gate, memory_for
+from .test_sequential import PROMPT, Gate
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,11 @@ def model(artifact):
 
 @asynccontextmanager
 async def engine_of(model, pages: int | None = None, **options):
-    engine = BatchingEngine(model, model.artifact.tokenizer(), **options)
-    if pages is not None:
-        engine.pool.budget = pages * engine.pool.shape.nbytes()
+    engine = BatchingEngine(model, model.artifact.tokenizer(), **{"fixed": True, **options})
+    if pages is not None:  # fewer than a budget would leave
+        room = pages * engine.pool.shape.nbytes()
+        engine.room.memory = engine.room.reserved + engine.room.weights + room
+        engine.pool.budget = room
     try:
         yield engine
     finally:
@@ -201,24 +203,28 @@ def test_the_budget_changes_between_passes(artifact, gate):
     model = load(artifact, weights=190_000, context=200, batch=1)
 
     async def ask():
-        async with engine_of(model) as engine:
+        async with engine_of(model, fixed=False) as engine:
             answer = engine.submit(Request(PROMPT, 100))
             await gate.reached()
-            change = asyncio.create_task(engine.set_budget(memory_for(model, 80_000)))
+            pages = engine.room.shape.nbytes() * engine.room.shape.pages(200)
+            wanted = engine.room.reserved + pages + 80_000
+            change = asyncio.create_task(engine.set_budget(wanted))
             await asyncio.sleep(0)
             gate.open()
             small = await change
             _, end = await said(answer)
             after = await said(engine.submit(Request(PROMPT, 20, logprobs=0)))
-            with pytest.raises(BudgetError, match="smallest total"):
+            with pytest.raises(BudgetError, match="smallest weights"):
                 await engine.set_budget(1000)
             return small, end, after
 
     small, end, (tokens, last) = asyncio.run(ask())
-    assert small.weights <= 80_000
+    assert 70_000 < small.weights < 90_000
+    assert end.resized
+    assert not last.resized
     assert (end.reason, end.new_tokens) == ("length", 100)
     assert last.cached_tokens == 0  # nothing of the other weights is left
-    other = load(artifact, weights=80_000, context=200, batch=1)
+    other = load(artifact, weights=small.weights, context=200, batch=1)
     assert_same([(tokens, last)], answers_of(other, [Request(PROMPT, 20, logprobs=0)], False))
 
 

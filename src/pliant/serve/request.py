@@ -81,7 +81,8 @@ class Piece:
 class Finished:
     """The last event. Tokens are counts; `message` says what went wrong after an error.
 
-    reason: "stop" (end of text or a stop string), "length" (max_tokens, or the context is full),
+    resized: weights or pages that the answer comes of changed their size on the way. reason: "stop"
+    (end of text or a stop string), "length" (max_tokens, or the context is full),
     "cancelled" or "error".
     """
 
@@ -90,6 +91,7 @@ class Finished:
     cached_tokens: int = 0
     new_tokens: int = 0
     message: str = ""
+    resized: bool = False
 
 
 Event = Prompt | Piece | Finished
@@ -106,6 +108,7 @@ class Live:
         self.request, self._tokenizer, self._end = request, tokenizer, end
         self.generator = request.sampler.generator()
         self.cached, self.made = 0, 0
+        self.resized = False
         self.reason: Reason | None = None
         self._text = TextStream(tokenizer, request.stop)
         self._given = self._seen = 0  # characters given out, and those held back besides
@@ -139,7 +142,8 @@ class Live:
     def finished(self, reason: Reason, message: str = "") -> Finished:
         """The last event."""
         self.reason = reason
-        return Finished(reason, len(self.request.prompt), self.cached, self.made, message)
+        counts = len(self.request.prompt), self.cached, self.made
+        return Finished(reason, *counts, message, self.resized)
 
     def scores(self, done: int, logits: Tensor) -> list[Score]:
         """Of the prompt's tokens behind `done` scored ones; logits [n, vocabulary] before each."""

@@ -58,19 +58,15 @@ class ThreadedEngine(ABC):
         return answer
 
     def status(self) -> Status:
-        plan = self._model.plan
         with self._changed:
             waiting = len(self._queue)
         return Status(
             waiting=waiting,
             running=self._running_count(),
-            memory=plan.memory,
-            planned=plan.planned_bytes,
-            weights=plan.weight_bytes,
-            cache=self._cache_bytes(),
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
             tokens_per_second=self._rate.value(),
+            **self._held(),
         )
 
     async def set_budget(self, memory: int) -> Status:
@@ -97,8 +93,12 @@ class ThreadedEngine(ABC):
         """Requests that are computed now; from any thread."""
 
     @abstractmethod
-    def _cache_bytes(self) -> int:
-        """Bytes that keys and values take; from any thread."""
+    def _held(self) -> dict[str, Any]:
+        """The fields of Status that tell of memory; from any thread."""
+
+    def _idle_seconds(self) -> float | None:
+        """How long to wait for something to do before a turn without; None: for ever."""
+        return None
 
     def _cancel(self, answer: Answer) -> None:
         with self._changed:
@@ -112,11 +112,15 @@ class ThreadedEngine(ABC):
             self._turn()
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when there never will be."""
+        """Until there may be something to do; False when there never will be."""
         with self._changed:
-            while not (len(self._queue) or self._budgets or self._running_count() or self._closing):
-                self._changed.wait()
-            return bool(len(self._queue) or self._budgets or self._running_count())
+            if not self._busy() and not self._closing:
+                self._changed.wait(self._idle_seconds())
+            return self._busy() or not self._closing
+
+    def _busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(len(self._queue) or self._budgets or self._running_count())
 
     def _check(self, request: Request) -> None:
         """Raise PliantError for a prompt that the context does not hold."""
@@ -130,20 +134,18 @@ class ThreadedEngine(ABC):
         self._new_tokens += 1
         self._rate.count()
 
-    def _resize(self) -> None:
-        """Go to the budgets that were asked for, in order."""
+    def _budgets_asked(self) -> list[tuple[int, Future[Status]]]:
+        """Budgets that were asked for and are still wanted, in order."""
         with self._changed:
             budgets, self._budgets = self._budgets, []
-        for memory, done in budgets:
-            if not done.set_running_or_notify_cancel():
-                continue
+        return [(size, done) for size, done in budgets if done.set_running_or_notify_cancel()]
+
+    def _resize(self) -> None:
+        """Go to the budgets that were asked for."""
+        for memory, done in self._budgets_asked():
             try:
                 self._model.resize(memory=memory)
             except Exception as error:
                 done.set_exception(error)
             else:
-                self._resized()
                 done.set_result(self.status())
-
-    def _resized(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """The model has other weights from now on."""
