@@ -33,28 +33,27 @@ def cache_damage(
     """
     paged = PagedModel(model)
     pool = PagePool(paged.shape, _PLENTY, ids.device)
-    half = ids.shape[1] // 2
-    runs = {bits: [PagedSequence(pool) for _ in ids] for bits in (pool.shape.bits, *widths)}
-    total, count, done = dict.fromkeys(widths, 0.0), 0, 0
+    count, half = len(ids), ids.shape[1] // 2
+    kept = (pool.shape.bits, *widths)
+    runs = [PagedSequence(pool) for _ in range(len(kept) * count)]
+    total, scored = [0.0 for _ in widths], 0
     starts = range(0, ids.shape[1], CHUNK)
-    for start in starts:
-        part = ids[:, start : start + CHUNK].tolist()
-        first = min(max(half - start, 0), len(part[0]))
-        logprobs: dict[int, Tensor] = {}
-        for bits, sequences in runs.items():
-            chunks = [Chunk(s, tokens) for s, tokens in zip(sequences, part, strict=True)]
-            logits = paged(chunks, every=True)
-            logits = logits.view(len(ids), -1, logits.shape[-1])
-            logprobs[bits] = logits[:, first:].float().log_softmax(-1).flatten(0, 1)
-            for sequence in sequences:
-                for page in cold_pages(sequence):
-                    if page.bits > bits:
-                        pool.recode(page, bits)
-            done += 1
-            if progress is not None:
-                progress(done, len(starts) * len(runs))
-        exact = logprobs.pop(pool.shape.bits)
-        for bits, found in logprobs.items():
-            total[bits] += float((exact.exp() * (exact - found)).sum())
-        count += len(exact)
-    return {bits: max(total[bits] / count, 0.0) for bits in widths}
+    for done, start in enumerate(starts, 1):
+        part = ids[:, start : start + CHUNK].tolist() * len(kept)
+        chunks = [Chunk(sequence, tokens) for sequence, tokens in zip(runs, part, strict=True)]
+        logits = paged(chunks, every=True)
+        logits = logits.view(len(kept), count, -1, logits.shape[-1])
+        exact, *coded = logits[:, :, min(max(half - start, 0), len(part[0])) :]
+        exact = exact.float().log_softmax(-1)
+        for index, found in enumerate(coded):
+            difference = exact - found.float().log_softmax(-1)
+            total[index] += float((exact.exp() * difference).sum())
+        scored += exact[..., 0].numel()
+        for index, sequence in enumerate(runs):
+            bits = kept[index // count]
+            for page in cold_pages(sequence):
+                if page.bits > bits:
+                    pool.recode(page, bits)
+        if progress is not None:
+            progress(done, len(starts))
+    return {bits: max(each / scored, 0.0) for bits, each in zip(widths, total, strict=True)}

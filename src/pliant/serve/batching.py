@@ -297,9 +297,9 @@ class BatchingEngine(ThreadedEngine):
 
     def _resize(self) -> None:
         """Take the budgets that were asked for, in order; `_govern` tells when one holds."""
-        for memory, done in self._budgets_asked():
+        for memory, reason, done in self._budgets_asked():
             try:
-                self.room.set_memory(memory, "PUT /v1/budget")
+                self.room.set_memory(memory, reason)
             except PliantError as error:
                 done.set_exception(error)
             else:

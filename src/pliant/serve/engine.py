@@ -15,6 +15,7 @@ from pliant.errors import PliantError
 from pliant.serve.request import Event, Finished, Live, Request
 
 RATE_SECONDS = 5.0
+ASKED = "PUT /v1/budget"
 
 
 class QueueFullError(PliantError):
@@ -73,8 +74,11 @@ class Engine(Protocol):
 
     def status(self) -> Status: ...
 
-    async def set_budget(self, memory: int) -> Status:
-        """Go to another total in bytes; returns once it holds. Raises BudgetError, and stays."""
+    async def set_budget(self, memory: int, reason: str = ASKED) -> Status:
+        """Go to another total in bytes; returns once it holds. Raises BudgetError, and stays.
+
+        reason: why, for the log of decisions.
+        """
         ...
 
     async def close(self) -> None:

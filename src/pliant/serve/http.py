@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -24,6 +24,7 @@ from pliant.serve.engine import Answer, ClosedError, Engine, QueueFullError
 from pliant.serve.gate import Gate, Limits
 from pliant.serve.metrics import Metrics
 from pliant.serve.openai import ChatRequest, CompletionRequest, chat, completions
+from pliant.serve.pressure import Watch
 from pliant.serve.replies import (
     ChatChoice,
     ChatCompletion,
@@ -152,11 +153,16 @@ class _Server:
 
 
 def create_app(
-    engine: Engine, name: str, limits: Limits | None = None, origins: Sequence[str] = ()
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    origins: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> FastAPI:
     """The server of `engine`, whose model goes by `name`; the engine closes when it ends.
 
-    origins: web pages that browsers let call it (CORS); none by default.
+    origins: web pages that browsers let call it (CORS); none by default. watch: entered as long as
+    it serves.
     """
     limits, metrics = limits or Limits(), Metrics(engine.status)
     encoder = ThreadPoolExecutor(1, thread_name_prefix="pliant-encoder")
@@ -164,7 +170,8 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with watch or nullcontext():
+            yield
         await engine.close()
         encoder.shutdown()
 

@@ -13,6 +13,7 @@ from pliant.budget import format_size
 from pliant.cache import PagedSequence, PagePool, PageShape, PrefixTree
 from pliant.cache.cold import hot_tokens, make_room, room_in
 from pliant.errors import BudgetError, PliantError
+from pliant.ladder import Artifact
 from pliant.ladder.live import Plan
 from pliant.plan.joint import CacheCost, Demand, JointPlan
 from pliant.plan.memory import serving_bytes
@@ -57,7 +58,7 @@ class Room:
         frontier: Iterable[tuple[int, float]] = model.artifact.ladder.frontier()
         if fixed:
             frontier = [(self.weights, model.artifact.ladder.damage_at(self.weights))]
-        self.plan = JointPlan(frontier, cache_cost(model, self.shape))
+        self.plan = JointPlan(frontier, cache_cost(model.artifact, self.shape))
         self.governor = Governor(self.plan, share_damage)
         self.least = self.reserved + self.plan.smallest + self.plan.cost.nbytes(self._one(context))
         full = self.plan.cost.full_bytes * most * context
@@ -120,9 +121,7 @@ class Room:
 
     def demand(self, lengths: Sequence[int], shared: int = 0) -> Demand:
         """Of sequences that will be so long, of which `shared` tokens are held for several."""
-        hot = sum(hot_tokens(self.shape, length) for length in lengths)
-        total = max(sum(lengths) - shared, 0)
-        return Demand(max(total - hot, 0), min(hot, total))
+        return demand_of(self.shape, lengths, shared)
 
     def admits(self, lengths: Sequence[int], shared: int = 0) -> bool:
         """Whether sequences that will be so long may run together; the first always may."""
@@ -240,9 +239,16 @@ class Room:
         self.pool.budget = max(self.memory - self.reserved - max(self.weights, self._goal), 0)
 
 
-def cache_cost(model: Any, shape: PageShape) -> CacheCost:
+def demand_of(shape: PageShape, lengths: Sequence[int], shared: int = 0) -> Demand:
+    """Of sequences that will be so long, of which `shared` tokens are held for several."""
+    hot = sum(hot_tokens(shape, length) for length in lengths)
+    total = max(sum(lengths) - shared, 0)
+    return Demand(max(total - hot, 0), min(hot, total))
+
+
+def cache_cost(artifact: Artifact, shape: PageShape) -> CacheCost:
     """What a token takes and costs by width; 16 bits alone where nothing was measured."""
-    record = model.artifact.cache_record()
+    record = artifact.cache_record()
     damages = {} if record is None else record.damage
     widths = {shape.bits, *damages}
     return CacheCost({bits: -(-shape.nbytes(bits) // shape.tokens) for bits in widths}, damages)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pliant.errors import PliantError
 from pliant.run.generate import context_of, end_tokens
-from pliant.serve.engine import Answer, ClosedError, FairQueue, Rate, Status
+from pliant.serve.engine import ASKED, Answer, ClosedError, FairQueue, Rate, Status
 from pliant.serve.request import Live, Request
 
 MOST_WAITING = 1024
@@ -41,7 +41,7 @@ class ThreadedEngine(ABC):
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
         self._end = end_tokens(model, tokenizer)
         self._queue = FairQueue(most_waiting)
-        self._budgets: list[tuple[int, Future[Status]]] = []
+        self._budgets: list[tuple[int, str, Future[Status]]] = []
         self._closing = False
         self._changed = threading.Condition()  # guards the three above
         self._prompt_tokens = self._new_tokens = 0
@@ -69,12 +69,12 @@ class ThreadedEngine(ABC):
             **self._held(),
         )
 
-    async def set_budget(self, memory: int) -> Status:
+    async def set_budget(self, memory: int, reason: str = ASKED) -> Status:
         done: Future[Status] = Future()
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down")
-            self._budgets.append((memory, done))
+            self._budgets.append((memory, reason, done))
             self._changed.notify()
         return await asyncio.wrap_future(done)
 
@@ -134,15 +134,15 @@ class ThreadedEngine(ABC):
         self._new_tokens += 1
         self._rate.count()
 
-    def _budgets_asked(self) -> list[tuple[int, Future[Status]]]:
+    def _budgets_asked(self) -> list[tuple[int, str, Future[Status]]]:
         """Budgets that were asked for and are still wanted, in order."""
         with self._changed:
             budgets, self._budgets = self._budgets, []
-        return [(size, done) for size, done in budgets if done.set_running_or_notify_cancel()]
+        return [asked for asked in budgets if asked[2].set_running_or_notify_cancel()]
 
     def _resize(self) -> None:
         """Go to the budgets that were asked for."""
-        for memory, done in self._budgets_asked():
+        for memory, _, done in self._budgets_asked():
             try:
                 self._model.resize(memory=memory)
             except Exception as error:
