@@ -30,6 +30,7 @@ async def engine_of(model, pages: int | None = None, **options):
         room = pages * engine.pool.shape.nbytes()
         engine.room.memory = engine.room.reserved + engine.room.weights + room
         engine.pool.budget = room
+        engine._answer_tokens = 1.0  # so that requests come in that will not fit
     try:
         yield engine
     finally:

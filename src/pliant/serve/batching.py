@@ -84,13 +84,13 @@ class BatchingEngine(ThreadedEngine):
         self._govern()
         self._admit()
         chunks = self._chunks()
-        if not chunks:
+        if not chunks or not self._room_for([chunk for _, chunk in chunks]):
             return
         every, began = chunks[0][0].scoring, time.monotonic()
         try:
             logits = self._paged([chunk for _, chunk in chunks], every)
-        except OutOfPages as error:
-            self._make_room(error)
+        except OutOfPages as error:  # the machine has less than the budget
+            self._give_way(error)
             return
         except Exception as error:
             for running, _ in chunks:
@@ -255,14 +255,18 @@ class BatchingEngine(ThreadedEngine):
         if live.reason is not None:
             self._end_of(running, live.reason)
 
-    def _make_room(self, error: OutOfPages) -> None:
-        """For a pass that found none: code pages, shrink the weights, or let the last comer wait;
-        where nobody else is running, its answer ends.
-        """
-        if self.room.make(error.wanted, self._coldest()):
-            return
-        if self.room.hurry(self._wanted) and self.room.make(error.wanted, self._coldest()):
-            return
+    def _room_for(self, chunks: Sequence[Chunk]) -> bool:
+        """Have pages for a pass: code cold ones, shrink the weights, or let the last comer wait."""
+        wanted = sum(chunk.sequence.wants(len(chunk.tokens)) for chunk in chunks)
+        if self.room.make(wanted, self._coldest()):
+            return True
+        if self.room.hurry(self._wanted) and self.room.make(wanted, self._coldest()):
+            return True
+        self._give_way(OutOfPages(wanted, self.pool.free))
+        return False
+
+    def _give_way(self, error: OutOfPages) -> None:
+        """The last comer waits; where nobody else is running, its answer ends."""
         if len(self._running) == 1:
             self._fail(self._running[0], error)
             return

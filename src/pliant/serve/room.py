@@ -16,7 +16,7 @@ from pliant.errors import BudgetError, PliantError
 from pliant.ladder import Artifact
 from pliant.ladder.live import Plan
 from pliant.plan.joint import CacheCost, Demand, JointPlan
-from pliant.plan.memory import serving_bytes
+from pliant.plan.memory import PREFILL_CHUNK, serving_bytes
 from pliant.serve.decisions import DecisionLog
 from pliant.serve.governor import Governor
 
@@ -74,7 +74,9 @@ class Room:
         self._wanted = self._idle = self._one(min(context, IDLE_TOKENS))
         self.memory = 0
         if memory is None:
-            memory = self.reserved + self.weights + model.plan.breakdown.kv_cache
+            one = self.plan.cost.nbytes(self._one(context), self.shape.bits)
+            pages = max(model.plan.breakdown.kv_cache, one)
+            memory = self.reserved + self.weights + pages
         self.set_memory(memory, "as started")
 
     @property
@@ -120,7 +122,7 @@ class Room:
         self._bound()
 
     def demand(self, lengths: Sequence[int], shared: int = 0) -> Demand:
-        """Of sequences that will be so long, of which `shared` tokens are held for several."""
+        """See demand_of."""
         return demand_of(self.shape, lengths, shared)
 
     def admits(self, lengths: Sequence[int], shared: int = 0) -> bool:
@@ -240,10 +242,14 @@ class Room:
 
 
 def demand_of(shape: PageShape, lengths: Sequence[int], shared: int = 0) -> Demand:
-    """Of sequences that will be so long, of which `shared` tokens are held for several."""
-    hot = sum(hot_tokens(shape, length) for length in lengths)
-    total = max(sum(lengths) - shared, 0)
-    return Demand(max(total - hot, 0), min(hot, total))
+    """Of sequences that will be so long, of which `shared` tokens are held for several.
+
+    Whole pages are counted, and a chunk of a prompt that is being read, which cannot be coded yet.
+    """
+    whole = [shape.pages(length) * shape.tokens for length in lengths]
+    total = max(sum(whole) - shared, 0)
+    hot = min(sum(hot_tokens(shape, length) for length in whole) + PREFILL_CHUNK, total)
+    return Demand(total - hot, hot)
 
 
 def cache_cost(artifact: Artifact, shape: PageShape) -> CacheCost:
