@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pliant.errors import PliantError
-from pliant.run.sampling import Sampler, Score
+from pliant.run.sampling import Sampler, Score, bounded
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0, 1.0])
 
@@ -42,6 +42,81 @@ def test_min_p_leaves_what_is_likely_beside_the_likeliest():
     assert {hot.choose(LOGITS, generator) for _ in range(300)} == {1, 2, 4}
 
 
+def falling(values: list[float]) -> torch.Tensor:
+    """Probabilities of logits, the likeliest first."""
+    return torch.softmax(torch.tensor(values, dtype=torch.float64), -1).sort(descending=True)[0]
+
+
+def entropy(probabilities: torch.Tensor) -> float:
+    """Nats, of `probabilities` brought to sum to one."""
+    share = probabilities / probabilities.sum()
+    return float(-torch.xlogy(share, share).sum())
+
+
+LISTS = st.lists(st.floats(-30, 30), min_size=1, max_size=40)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LISTS, st.floats(0.01, 1))
+def test_top_h_bounds_the_entropy_and_stops_at_the_first_token_too_many(values, share):
+    ordered = falling(values)
+    kept, most = bounded(ordered, share), share * entropy(ordered)
+    assert 1 <= kept <= len(values)
+    assert kept == 1 or entropy(ordered[:kept]) <= most + 1e-9
+    assert kept == len(values) or entropy(ordered[: kept + 1]) > most - 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(LISTS, st.floats(0.01, 1), st.floats(0.01, 1))
+def test_more_entropy_never_leaves_fewer_tokens(values, one, other):
+    ordered = falling(values)
+    assert bounded(ordered, min(one, other)) <= bounded(ordered, max(one, other))
+
+
+def test_top_h_leaves_the_likeliest():
+    kept = bounded(falling(LOGITS.tolist()), 0.75)
+    assert kept == 2
+    assert drawn(top_h=0.75) == {1, 2}
+    assert drawn(top_h=1e-9) == {1}
+    assert drawn(top_h=1.0) == {0, 1, 2, 3, 4}
+    assert drawn(top_h=0.75, top_k=1) == {1}
+
+
+def test_a_token_that_cannot_be_drawn_has_no_entropy():
+    logits = torch.tensor([0.0, 1.0, -math.inf, 0.5, -math.inf])
+    sampler = Sampler(temperature=1.0, seed=0, top_h=0.999)
+    generator = sampler.generator()
+    assert {sampler.choose(logits, generator) for _ in range(100)} <= {0, 1, 3}
+
+
+def test_penalties_count_the_answers_tokens():
+    sampler, generator = Sampler(presence_penalty=0.5), torch.Generator()
+    assert sampler.choose(LOGITS, generator) == 1
+    assert sampler.choose(LOGITS, generator, {1: 3}) == 1
+    assert sampler.choose(LOGITS, generator, {0: 1, 3: 9}) == 1
+    often = Sampler(frequency_penalty=0.5)
+    assert often.choose(LOGITS, generator, {1: 1}) == 1
+    assert often.choose(LOGITS, generator, {1: 3}) == 2
+    both = Sampler(presence_penalty=0.6, frequency_penalty=0.5)
+    assert both.choose(LOGITS, generator, {1: 1}) == 2
+    assert Sampler(frequency_penalty=-2).choose(LOGITS, generator, {4: 2}) == 4
+
+
+def test_a_bias_is_added_to_logits():
+    generator = torch.Generator()
+    assert Sampler(logit_bias=((1, -100.0),)).choose(LOGITS, generator) == 2
+    assert Sampler(logit_bias=((3, 4.5),)).choose(LOGITS.bfloat16(), generator) == 3
+    both = Sampler(logit_bias=((3, 4.5),), presence_penalty=1.0)
+    assert both.choose(LOGITS, generator, {3: 1}) == 1
+    assert LOGITS.tolist() == [0.0, 3.0, 2.0, -1.0, 1.0]
+
+
+def test_what_is_off_changes_nothing():
+    """Not one bit: the logits are handed on as they are."""
+    sampler = Sampler(temperature=1.0, seed=1)
+    assert sampler._changed(LOGITS, {1: 5}) is LOGITS
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     st.lists(st.floats(-30, 30), min_size=1, max_size=12),
@@ -64,8 +139,12 @@ def test_some_token_always_passes_every_filter(values, temperature, top_k, top_p
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_k": -1}, {"min_p": 1.5}, {"min_p": -0.1}, {"temperature": math.nan}]
-)
+    "options",
+    [
+        {"top_k": -1}, {"min_p": 1.5}, {"min_p": -0.1}, {"temperature": math.nan}, {"top_h": 0},
+        {"top_h": 1.1}, {"presence_penalty": math.inf}, {"frequency_penalty": math.nan},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(options):
     with pytest.raises(PliantError, match=next(iter(options))):
         Sampler(**options)

@@ -17,7 +17,7 @@ from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
 from pliant.run.sampling import Score
 from pliant.serve.engine import Answer
-from pliant.serve.request import Reason
+from pliant.serve.request import Reason, Request
 from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine, failure
 
 
@@ -140,7 +140,9 @@ class BatchingEngine(ThreadedEngine):
             if again is None or (
                 waiting is not None and waiting.live.request.priority < again.urgency[0]
             ):
-                if waiting is None or not self._fits(waiting.live.request.prompt):
+                if waiting is None or self._is_read(waiting.live.request):
+                    return None
+                if not self._fits(waiting.live.request.prompt):
                     return None
                 self._came += 1
                 running = _Running(self._queue.pop(), self._came, self.pool)
@@ -150,6 +152,13 @@ class BatchingEngine(ThreadedEngine):
             return None
         self._again.remove(again)
         return again
+
+    def _is_read(self, request: Request) -> bool:
+        """Whether this very prompt is being read for another answer, which will share its pages."""
+        return not request.score_prompt and any(
+            running.answer.live.request.prompt is request.prompt and len(running.ahead) > 1
+            for running in self._running
+        )
 
     def _fits(self, tokens: Sequence[int]) -> bool:
         """Whether `tokens`, what is unread and a token more for each have room; or nobody runs."""
