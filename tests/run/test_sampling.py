@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import entr, softmax
 
 from pliant.errors import PliantError
-from pliant.run.sampling import Sampler, Score, bounded
+from pliant.run.sampling import Sampler, Score, bounded, entropy, likeliest
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, -1.0, 1.0])
 
@@ -42,15 +44,14 @@ def test_min_p_leaves_what_is_likely_beside_the_likeliest():
     assert {hot.choose(LOGITS, generator) for _ in range(300)} == {1, 2, 4}
 
 
-def falling(values: list[float]) -> torch.Tensor:
+def falling(values: list[float]) -> np.ndarray:
     """Probabilities of logits, the likeliest first."""
-    return torch.softmax(torch.tensor(values, dtype=torch.float64), -1).sort(descending=True)[0]
+    return np.sort(softmax(np.array(values, dtype=np.float64)))[::-1]
 
 
-def entropy(probabilities: torch.Tensor) -> float:
-    """Nats, of `probabilities` brought to sum to one."""
-    share = probabilities / probabilities.sum()
-    return float(-torch.xlogy(share, share).sum())
+def nats(probabilities: np.ndarray) -> float:
+    """Entropy of `probabilities` brought to sum to one."""
+    return float(entr(probabilities / probabilities.sum()).sum())
 
 
 LISTS = st.lists(st.floats(-30, 30), min_size=1, max_size=40)
@@ -60,22 +61,26 @@ LISTS = st.lists(st.floats(-30, 30), min_size=1, max_size=40)
 @given(LISTS, st.floats(0.01, 1))
 def test_top_h_bounds_the_entropy_and_stops_at_the_first_token_too_many(values, share):
     ordered = falling(values)
-    kept, most = bounded(ordered, share), share * entropy(ordered)
+    most = share * nats(ordered)
+    kept = bounded(ordered, most)
+    assert entropy(ordered) == pytest.approx(nats(ordered), abs=1e-9)
     assert 1 <= kept <= len(values)
-    assert kept == 1 or entropy(ordered[:kept]) <= most + 1e-9
-    assert kept == len(values) or entropy(ordered[: kept + 1]) > most - 1e-9
+    assert kept == 1 or nats(ordered[:kept]) <= most + 1e-9
+    assert kept == len(values) or nats(ordered[: kept + 1]) > most - 1e-9
 
 
 @settings(max_examples=100, deadline=None)
 @given(LISTS, st.floats(0.01, 1), st.floats(0.01, 1))
 def test_more_entropy_never_leaves_fewer_tokens(values, one, other):
     ordered = falling(values)
-    assert bounded(ordered, min(one, other)) <= bounded(ordered, max(one, other))
+    all_of_them = nats(ordered)
+    fewer, more = sorted((one * all_of_them, other * all_of_them))
+    assert bounded(ordered, fewer) <= bounded(ordered, more)
 
 
 def test_top_h_leaves_the_likeliest():
-    kept = bounded(falling(LOGITS.tolist()), 0.75)
-    assert kept == 2
+    ordered = falling(LOGITS.tolist())
+    assert bounded(ordered, 0.75 * nats(ordered)) == 2
     assert drawn(top_h=0.75) == {1, 2}
     assert drawn(top_h=1e-9) == {1}
     assert drawn(top_h=1.0) == {0, 1, 2, 3, 4}
@@ -109,6 +114,46 @@ def test_a_bias_is_added_to_logits():
     both = Sampler(logit_bias=((3, 4.5),), presence_penalty=1.0)
     assert both.choose(LOGITS, generator, {3: 1}) == 1
     assert LOGITS.tolist() == [0.0, 3.0, 2.0, -1.0, 1.0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5]), min_size=1, max_size=30), st.integers(1, 31))
+def test_the_likeliest_are_the_front_of_a_stable_sort(values, count):
+    found = likeliest(np.array(values), count).tolist()
+    order = sorted(range(len(values)), key=lambda i: -values[i])
+    assert found == order[: len(found)]
+    assert len(found) >= min(count, len(values))
+
+
+def plainly(logits: torch.Tensor, sampler: Sampler, generator: torch.Generator) -> int:
+    """The same choice with torch's own operations."""
+    logits = logits.double()
+    kept = torch.softmax((logits - logits.max()) / sampler.temperature, -1)
+    ordered, order = kept.sort(descending=True, stable=True)
+    mass = ordered.cumsum(0) - ordered
+    ordered[sampler.top_k or len(ordered) :] = 0
+    ordered[mass >= sampler.top_p] = 0
+    kept = torch.zeros_like(kept).scatter(0, order, ordered)
+    kept[kept < sampler.min_p * kept.max()] = 0
+    return int(torch.multinomial(kept, 1, generator=generator))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float64])
+def test_draws_are_those_of_torch(kind):
+    rows = torch.randn(20, 49_152, generator=torch.Generator().manual_seed(0)).to(kind) * 4
+    for i, row in enumerate(rows):
+        top_k = [0, 50, 0, 5000][i // 2 % 4]  # beyond what is sorted at first, too
+        sampler = Sampler(0.5 + i / 3, [1.0, 0.9][i % 2], i, top_k, i % 3 / 40)
+        ours, theirs = sampler.generator(), sampler.generator()
+        for _ in range(3):
+            assert sampler.choose(row, ours) == plainly(row, sampler, theirs)
+
+
+def test_logits_that_are_no_numbers_are_refused():
+    sampler = Sampler(temperature=1.0, seed=0)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(PliantError, match="not numbers"):
+            sampler.choose(torch.tensor([0.0, wrong]), sampler.generator())
 
 
 def test_what_is_off_changes_nothing():
