@@ -126,6 +126,14 @@ def test_a_common_beginning_is_read_once(model):
     assert prompts == 4 * 81
 
 
+def test_answers_to_one_prompt_share_it(model):
+    """They come at once, and only the first reads it."""
+    asked = [Request(PROMPT, 3, Sampler(temperature=1.0, seed=i)) for i in range(4)]
+    ends = [end for _, end in answers_of(model, asked, True)]
+    assert [end.cached_tokens for end in ends] == [0, 32, 32, 32]  # of 40: two pages of 16
+    assert [end.reason for end in ends] == ["length"] * 4
+
+
 def test_where_pages_run_short_the_last_comer_gives_way_and_is_finished_later(model):
     asked = requests(8, seed=3)
     expected = answers_of(model, asked, False)

@@ -20,7 +20,7 @@ from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
 from pliant.serve.decisions import Decision, DecisionLog
 from pliant.serve.engine import Status
-from pliant.serve.request import Reason
+from pliant.serve.request import Reason, Request
 from pliant.serve.room import SHARE_DAMAGE, SLICE_SECONDS, Room
 from pliant.serve.running import Running
 from pliant.serve.threaded import MOST_WAITING, SCORED_CHUNK, ThreadedEngine, failure
@@ -29,6 +29,9 @@ MOST_RUNNING = 16
 OVER_SECONDS = 0.4
 """How long a lowered budget may be exceeded before all moves are made at once, and requests give
 way."""
+
+SHARED_TOKENS = 32
+"""A request waits for another that begins alike where it saves reading so many tokens."""
 
 _IDLE_SECONDS = 0.5  # between two looks whether the weights can grow
 _ANSWER_TOKENS = 128.0  # that an answer is thought to have, before any has ended
@@ -164,7 +167,7 @@ class BatchingEngine(ThreadedEngine):
             if again is None or (
                 waiting is not None and waiting.live.request.priority < again.urgency[0]
             ):
-                if waiting is None:
+                if waiting is None or self._is_read(waiting.live.request):
                     return None
                 found = Running(waiting, self._came + 1, self.pool)
                 if not self._fits(found):
@@ -177,6 +180,18 @@ class BatchingEngine(ThreadedEngine):
             return None
         self._again.remove(again)
         return again
+
+    def _is_read(self, request: Request) -> bool:
+        """Whether the beginning of this prompt is being read for another one, and worth waiting
+        for: its pages will be shared.
+        """
+        return not request.score_prompt and any(
+            len(running.ahead) > 1
+            and _common(running.answer.live.request.prompt, request.prompt)
+            >= len(running.sequence) + SHARED_TOKENS
+            for running in self._running
+            if not running.scoring
+        )
 
     def _fits(self, coming: Running) -> bool:
         """Whether one more may run, and what is unread and a token more for each has room."""
@@ -235,6 +250,8 @@ class BatchingEngine(ThreadedEngine):
         live, request = running.answer.live, running.answer.live.request
         running.note(self.room.version)
         del running.ahead[:count]
+        if len(running.sequence) <= len(request.prompt) and running.version is not None:
+            self.room.tree.insert(running.sequence)
         if running.scoring:
             running.scores += live.scores(len(running.scores), logits)
             logits = logits[-1]
@@ -243,8 +260,6 @@ class BatchingEngine(ThreadedEngine):
         if running.scoring:
             running.scoring = False
             running.answer.put(live.prompt(running.scores))
-        if len(running.sequence) == len(request.prompt) and running.version is not None:
-            self.room.tree.insert(running.sequence)
         if not request.max_tokens:
             live.reason = "length"
         else:
@@ -320,3 +335,11 @@ class BatchingEngine(ThreadedEngine):
 
     def _held(self) -> dict[str, Any]:
         return self.room.status()
+
+
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Tokens that both begin with."""
+    if first[:SHARED_TOKENS] != second[:SHARED_TOKENS]:
+        return 0
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))

@@ -61,12 +61,13 @@ class Engine(Protocol):
     """Runs requests. Its methods are called from the event loop, and none of them blocks it.
 
     tokenizer: of transformers. context: tokens that a prompt and its answer may have together.
-    vocabulary: token ids are below it.
+    vocabulary: token ids are below it. end: tokens that end an answer.
     """
 
     tokenizer: Any
     context: int
     vocabulary: int
+    end: frozenset[int]
 
     def submit(self, request: Request) -> Answer:
         """Queue a request. Raises QueueFullError or ClosedError."""

@@ -39,7 +39,7 @@ class ThreadedEngine(ABC):
         self.tokenizer, self._model = tokenizer, model
         self.context = context_of(model)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-        self._end = end_tokens(model, tokenizer)
+        self.end = end_tokens(model, tokenizer)
         self._queue = FairQueue(most_waiting)
         self._budgets: list[tuple[int, str, Future[Status]]] = []
         self._closing = False
@@ -49,7 +49,7 @@ class ThreadedEngine(ABC):
         self._thread = threading.Thread(target=self._work, name="pliant-engine", daemon=True)
 
     def submit(self, request: Request) -> Answer:
-        answer = Answer(Live(request, self.tokenizer, self._end), self._cancel)
+        answer = Answer(Live(request, self.tokenizer, self.end), self._cancel)
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down")
