@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from pliant.cache import PagedModel
 from pliant.errors import BudgetError
 from pliant.run import Sampler, load
+from pliant.run.packed import PackedModel
 from pliant.serve.batching import BatchingEngine
 from pliant.serve.request import Finished, Piece, Prompt, Request
 
@@ -96,13 +96,13 @@ def test_answers_are_those_of_the_model(model):
 
 
 def test_they_run_in_the_same_passes(model, monkeypatch):
-    sizes, call = [], PagedModel.__call__
+    sizes, call = [], PackedModel.__call__
 
     def counting(self, chunks, every=False):
         sizes.append([len(chunk.tokens) for chunk in chunks])
         return call(self, chunks, every)
 
-    monkeypatch.setattr(PagedModel, "__call__", counting)
+    monkeypatch.setattr(PackedModel, "__call__", counting)
     asked = [Request(PROMPT[: 9 + i], 20) for i in range(6)]
     answers_of(model, asked, True)
     decoding = [size for size in sizes if size == [1] * 6]
@@ -159,13 +159,13 @@ def test_one_that_never_fits_ends_alone(model):
 
 @pytest.fixture
 def gate(monkeypatch):
-    call, made = PagedModel.__call__, Gate()
+    call, made = PackedModel.__call__, Gate()
 
     def waiting(self, *args):
         made.passed()
         return call(self, *args)
 
-    monkeypatch.setattr(PagedModel, "__call__", waiting)
+    monkeypatch.setattr(PackedModel, "__call__", waiting)
     return made
 
 
@@ -238,7 +238,7 @@ def test_the_budget_changes_between_passes(artifact, gate):
 
 
 def test_a_failed_pass_ends_those_in_it_alone(model, monkeypatch, caplog):
-    call, broken = PagedModel.__call__, []
+    call, broken = PackedModel.__call__, []
 
     def once(self, *args):
         if not broken:
@@ -246,7 +246,7 @@ def test_a_failed_pass_ends_those_in_it_alone(model, monkeypatch, caplog):
             raise RuntimeError("out of memory")
         return call(self, *args)
 
-    monkeypatch.setattr(PagedModel, "__call__", once)
+    monkeypatch.setattr(PackedModel, "__call__", once)
     first, second = answers_of(model, [Request(PROMPT, 5)] * 2, False)
     assert first[1].reason == "error"
     assert "out of memory" not in first[1].message

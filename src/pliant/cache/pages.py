@@ -46,13 +46,22 @@ class OutOfPages(PliantError):
 class Page:
     """Keys and values of some tokens: [layers, tokens, width], or uint8 codes [layers, bytes].
 
-    holders: sequences and trees that hold it. Change it through its pool only.
+    holders: sequences and trees that hold it. address: of its data. Change it through its pool
+    only.
     """
 
-    __slots__ = ("bits", "data", "holders")
+    __slots__ = ("_data", "address", "bits", "holders")
 
     def __init__(self, data: Tensor, bits: int) -> None:
         self.data, self.bits, self.holders = data, bits, 1
+
+    @property
+    def data(self) -> Tensor:
+        return self._data
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        self._data, self.address = data, data.data_ptr()
 
 
 class PagePool:

@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pliant.cache import Chunk, OutOfPages, PagedModel, PagedSequence, PagePool
+from pliant.cache import Chunk, OutOfPages, PagedSequence, PagePool
 from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
+from pliant.run.packed import PackedModel
 from pliant.serve.decisions import Decision, DecisionLog
 from pliant.serve.engine import Status
 from pliant.serve.request import Reason, Request
@@ -60,7 +61,7 @@ class BatchingEngine(ThreadedEngine):
         swap: Path | None = None,
     ) -> None:
         super().__init__(model, tokenizer, most_waiting)
-        self._paged = PagedModel(model)
+        self._packed = PackedModel(model)
         self._log = DecisionLog()
         self.room = Room(model, memory, most, self._log, share_damage, fixed)
         self._swap = swap
@@ -91,7 +92,7 @@ class BatchingEngine(ThreadedEngine):
             return
         every, began = chunks[0][0].scoring, time.monotonic()
         try:
-            logits = self._paged([chunk for _, chunk in chunks], every)
+            logits = self._packed([chunk for _, chunk in chunks], every)
         except OutOfPages as error:  # the machine has less than the budget
             self._give_way(error)
             return
@@ -186,7 +187,7 @@ class BatchingEngine(ThreadedEngine):
         for: its pages will be shared.
         """
         return not request.score_prompt and any(
-            len(running.ahead) > 1
+            running.unread > 1
             and _common(running.answer.live.request.prompt, request.prompt)
             >= len(running.sequence) + SHARED_TOKENS
             for running in self._running
@@ -237,12 +238,12 @@ class BatchingEngine(ThreadedEngine):
             return [(scored, Chunk(scored.sequence, scored.ahead[:SCORED_CHUNK]))]
         room, chunks = PREFILL_CHUNK, []
         for running in self._running:
-            count = len(running.ahead)
-            if count > 1:
-                count = min(count, room)
-                room -= count
+            unread = running.unread
+            count = min(unread, room) if unread else 1
+            room -= count if unread else 0
             if count:
-                chunks.append((running, Chunk(running.sequence, running.ahead[:count])))
+                piece = Chunk(running.sequence, running.ahead[:count], decode=not unread)
+                chunks.append((running, piece))
         return chunks
 
     def _advance(self, running: Running, count: int, logits: Tensor) -> None:

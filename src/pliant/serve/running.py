@@ -47,9 +47,11 @@ class Running:
         return min(self.length + max(int(left), 0), context)
 
     @property
-    def decoding(self) -> int:
-        """How many of the tokens ahead are of the answer."""
-        return max(self.length - len(self.answer.live.request.prompt), 0)
+    def unread(self) -> int:
+        """How many of the tokens ahead are of the prompt; those of the answer, which may have to be
+        read again, are read one a pass, as they were the first time.
+        """
+        return max(len(self.answer.live.request.prompt) - len(self.sequence), 0)
 
     def begin(self, sequence: PagedSequence, version: int) -> None:
         """Read what `sequence` does not hold."""
