@@ -117,8 +117,16 @@ class NativeStep:
         """
         if not all(0 <= token < self.vocabulary for token, _, _ in rows):
             return False
+        if len(rows) == 1:  # the kernel writes two rows at least
+            pair = torch.empty(2, self.vocabulary)
+            done = self._rows(rows, page_tokens, pair)
+            out.copy_(pair[:1])
+            return done
+        return self._rows(rows, page_tokens, out)
+
+    def _rows(self, rows: Sequence[tuple[int, int, Pages]], page_tokens: int, out: Tensor) -> bool:
         codes = self._parts.codes()
-        to = address(out, (len(rows), self.vocabulary), torch.float32)
+        to = address(out, (max(len(rows), 2), self.vocabulary), torch.float32)
         self._step.activations = activation_bits(eight=False)
         step, threads = ctypes.byref(self._step), torch.get_num_threads()
         made = (Row * len(rows))(

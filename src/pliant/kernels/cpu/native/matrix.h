@@ -117,7 +117,7 @@ struct RowsJob {
   const Step* step;
   const Row* rows;
   int64_t n, page_tokens, longest;  // longest: tokens of the longest sequence, with its new one
-  float* logits;                    // [n, vocabulary]
+  float* logits;                    // [n or 2, vocabulary]: at least two rows of room
   char* shared;                     // 64-byte aligned
 };
 

@@ -53,6 +53,9 @@ struct RowOwn {  // of one member
   }
 };
 
+// Rows of a product: one alone has an idle companion, since some codes have other kernels for it.
+inline int64_t rows_of(int64_t n) { return n < 2 ? 2 : n; }
+
 // The query heads of one key head of one row against its sequence, whose new token goes in first.
 void attend_row(const RowsJob& job, const Step& s, const RowBuffers& all, RowOwn& own,
                 int64_t layer, int64_t row, int64_t kv) {
@@ -90,9 +93,10 @@ void rows_job(void* what, int member, Team* team) {
   const RowsJob& job = *(const RowsJob*)what;
   const Step& s = *job.step;
   const int64_t n = job.n, members = team_size(team), outer = s.heads * s.head_dim;
-  const RowBuffers all(job.shared, s, n);
-  const size_t bytes = RowOwn::bytes(s, n, job.longest, job.page_tokens);
-  RowOwn own({(char*)team_scratch(team, member, bytes)}, s, n, job.longest, job.page_tokens);
+  const int64_t m = rows_of(n);
+  const RowBuffers all(job.shared, s, m);
+  const size_t bytes = RowOwn::bytes(s, m, job.longest, job.page_tokens);
+  RowOwn own({(char*)team_scratch(team, member, bytes)}, s, m, job.longest, job.page_tokens);
   for (int64_t row = 0; row < n; row++)
     for (int64_t i = 0; i < s.head_dim / 2; i++) {
       const float angle = (float)job.rows[row].position * s.inverse_frequencies[i];
@@ -104,14 +108,19 @@ void rows_job(void* what, int member, Team* team) {
     linear_decode(s.embedding, token, token + 1, all.residual + row * s.hidden, own.strip);
   }
   for (int64_t i = 0; member == 0 && i < 5 * s.layer_count + 1; i++) all.counters[i] = 0;
+  if (m > n && member == 0) {
+    memset(all.attended + outer, 0, outer * sizeof(float));
+    memset(all.inner + s.inner, 0, s.inner * sizeof(float));
+    memset(all.residual + s.hidden, 0, s.hidden * sizeof(float));
+  }
   team_wait(team);
 
   auto give = [&](const float* x, int64_t width) {
-    own.in.set(x, n, width);
+    own.in.set(x, m, width);
     own.in.round(s.activations);
   };
   auto give_normed = [&](const float* weight) {
-    for (int64_t row = 0; row < n; row++)
+    for (int64_t row = 0; row < m; row++)
       rms_norm(all.residual + row * s.hidden, weight, s.hidden, s.epsilon,
                own.normed + row * s.hidden);
     give(own.normed, s.hidden);
@@ -175,7 +184,7 @@ void rows_job(void* what, int member, Team* team) {
 }
 
 int64_t rows_bytes(const Step* step, int64_t n) {
-  return (int64_t)RowBuffers(nullptr, *step, n).bytes;
+  return (int64_t)RowBuffers(nullptr, *step, rows_of(n)).bytes;
 }
 
 }  // namespace
