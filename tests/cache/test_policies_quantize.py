@@ -9,7 +9,6 @@ import torch
 
 from pliant.cache.codings import Grid, LowRank, Nonuniform, Product, Sparse, Transform
 from pliant.cache.limited import LimitedModel
-from pliant.cache.mixed import mixed
 from pliant.cache.policies.cskv import CSKV
 from pliant.cache.policies.keep import Keep
 from pliant.cache.policies.kvquant import KVQuant
@@ -204,14 +203,15 @@ def test_product_codes_are_the_nearest_entries(own):
     torch.testing.assert_close((done - left).square().sum(-1), best, atol=1e-4, rtol=1e-3)
 
 
-def test_bits_go_where_variance_is_and_more_of_them_are_nearer():
+@pytest.mark.parametrize("joint", [False, True])
+def test_bits_go_where_variance_is_and_more_of_them_are_nearer(joint):
     spread = 2.0 ** -torch.arange(DIM)
     states = torch.randn(HEADS, 256, DIM) * spread @ torch.linalg.qr(torch.randn(DIM, DIM)).Q
     left = []
     for bits in (1, 2, 4):
-        coding = Transform(bits)
+        coding = Transform(bits, joint=joint, basis_bits=8)
         coding.fit(states)
-        widths = coding.fitted[4].int()
+        widths = coding._widths.int()
         assert int(widths.sum()) == bits * HEADS * DIM
         assert (widths.diff(dim=1) >= 0).all()  # axes rise in power
         parts = coding.encode(states[None])
@@ -254,17 +254,3 @@ def test_a_policy_with_prepared_codings_waits_for_nothing():
         LimitedModel(model, partial(make, prepared=prepared[:1]))
     with pytest.raises(PliantError, match="no codings"):
         prepare(model, lambda layer, fit: Keep(layer), ids)
-
-
-def test_widths_by_cost_add_up_over_all_layers():
-    model, ids = llama(), torch.tensor(random_ids(80, 80))
-    prepared = mixed(model, ids, 3)
-    widths = torch.cat([side.fitted[4].flatten() for pair in prepared for side in pair]).float()
-    assert float(widths.mean()) == pytest.approx(3, abs=0.05)
-    text = random_ids(200)[0]
-    kept, _ = through(model, Keep, text, 50)
-    for refit in (False, True):
-        make = partial(Waterfill, prepared=prepared, refit=refit, fit=64)
-        found, limited = through(model, make, text, 50)
-        assert all(policy.blocks == 6 for policy in limited.policies)
-        assert 0 < float((found - kept).abs().mean()) < 0.5 * float(kept.std())

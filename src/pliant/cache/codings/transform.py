@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pliant.cache.codings.coding import Coding, Parts, join, split
-from pliant.codes.packing import PLANES
+from pliant.cache.codings.coding import Coding, Parts, check_bits, join, split
+from pliant.codes.packing import PLANES, pack, unpack
 from pliant.errors import PliantError
 from pliant.methods.numerics import kmeans_rows
 
@@ -26,106 +26,111 @@ _SAMPLE = 1 << 15  # numbers that levels of a width are fitted on
 
 
 class Transform(Coding):
-    """`bits` a number on average over all heads; or every bit that saves `price` of error or more.
+    """`bits` a number on average over all heads.
 
     metric: set before `fit`, [kv_heads, dim], what a channel's squared error costs; None: 1. Kept
-    of a fit: rows of the basis in 8 bits, a scale for each, channels' means and weights, widths,
-    levels.
+    of a fit: rows of the basis in `basis_bits`, a scale for each, channels' means and weights,
+    widths, levels. joint: axes run through all heads, which are alike; the basis takes more bytes.
+    A coarse basis is no error of its own, but what is left of large axes then costs bits of small
+    ones: many bits ask for 6 to 8 in the basis.
     """
 
-    price: float | None = None
-
-    def __init__(self, bits: float) -> None:
+    def __init__(self, bits: float, *, joint: bool = True, basis_bits: int = 5) -> None:
         super().__init__()
+        check_bits(basis_bits)
         if not 0 < bits <= _MOST:
             raise PliantError(f"an average is above 0 and at most {_MOST} bits, not {bits}")
-        self.bits = bits
+        self.bits, self.joint, self.basis_bits = bits, joint, basis_bits
         self.metric: Tensor | None = None
 
-    def again(self) -> Transform:
-        """Not fitted yet, with the metric and the bits that this one came to."""
-        fresh = Transform(float(self.fitted[4].float().mean()))
-        fresh.metric = self.metric
-        return fresh
-
     def fit(self, sample: Tensor) -> None:
+        self._heads = len(sample)
+        sample = self._folded(sample[None])[0]
         heads, _, dim = sample.shape
         mean, weight, power, axes = self._axes(sample)
         centred = sample - mean.float()
         root = weight.float().sqrt()[:, None]
-        if self.price is None:
-            widths = _widths(power.flatten(), round(self.bits * heads * dim)).view(heads, dim)
-        else:
-            widths = (_gains(power) * self._unit() >= self.price).sum(-1)
+        widths = _widths(power.flatten(), round(self.bits * heads * dim)).view(heads, dim)
         # rows of unit variance, so that one table serves many
         basis = power.sqrt()[..., None] * axes.mT.float() / root  # [heads, axes, dim]
         kept = widths > 0
-        rows = basis[kept]
-        step = (rows.abs().amax(1) / 127).clamp(min=1e-7).half()
-        whole = (rows / step.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.fitted = (whole, step, mean, weight, widths.to(torch.uint8))
-        coefficients = centred @ self._analysis()
-        flat = coefficients.transpose(0, 1).flatten(1)
+        rows, most = basis[kept], 2 ** (self.basis_bits - 1) - 1
+        step = (rows.abs().amax(1, keepdim=True) / most).clamp(min=1e-7).half()
+        whole = (rows / step.float()).round().clamp(-most, most) + most
+        planes = pack(whole, self.basis_bits)
+        self.fitted = (widths.to(torch.uint8), mean, weight, step, *planes)
+        self._tables = len(self.fitted)
+        flat = (centred @ self._analysis()).transpose(0, 1).flatten(1)
         for width in self._present():
             x = flat[:, widths.flatten() == width].flatten().contiguous()
             x = x[:: max(1, len(x) // _SAMPLE)]
             levels = kmeans_rows(x[None], torch.ones_like(x)[None], 2**width)[0][0]
             self.fitted = (*self.fitted, levels.half())
 
-    def gains(self, sample: Tensor) -> Tensor:
-        """What each bit of each axis saves, in the metric's unit, [kv_heads, axes, bits]."""
-        return _gains(self._axes(sample)[2]) * self._unit()
-
-    def _unit(self) -> Tensor | float:
-        """What weights were divided by, [kv_heads, 1, 1]."""
-        return 1.0 if self.metric is None else self.metric.mean(1)[:, None, None]
-
     def _axes(self, sample: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Channels' means and weights (half), power [kv_heads, axes] and axes' directions."""
         mean = sample.mean(1, keepdim=True).half()
-        weight = torch.ones_like(mean[:, 0]) if self.metric is None else _weights(self.metric)
+        weight = torch.ones_like(mean[:, 0])
+        if self.metric is not None:
+            weight = _weights(self._cost(self.metric))
         scaled = ((sample - mean.float()) * weight.float().sqrt()[:, None]).double()
         power, axes = torch.linalg.eigh(scaled.mT @ scaled / sample.shape[1])
         return mean, weight, power.clamp(min=1e-12).float(), axes
 
     def encode(self, states: Tensor) -> Parts:
         self._tokens = states.shape[2]
-        coefficients = (states - self.fitted[2].float()) @ self._analysis()
-        flat = coefficients.transpose(1, 2).flatten(2)  # [blocks, tokens, heads * dim]
-        widths = self.fitted[4].flatten()
+        coefficients = (self._folded(states) - self.fitted[1].float()) @ self._analysis()
+        flat = coefficients.transpose(1, 2).flatten(2)  # [blocks, tokens, axes of all heads]
+        widths = self._widths.flatten()
         parts: list[Tensor] = []
         for number, width in enumerate(self._present()):
-            levels = self.fitted[5 + number].float()
+            levels = self.fitted[self._tables + number].float()
             x = flat[..., widths == width]
             parts.extend(join(torch.bucketize(x, (levels[1:] + levels[:-1]) / 2), width))
         return tuple(parts)
 
     def decode(self, parts: Parts) -> Tensor:
-        widths = self.fitted[4]
+        widths = self._widths
         heads, dim = widths.shape
         flat = torch.zeros(len(parts[0]), self._tokens, heads * dim, device=parts[0].device)
         for number, width in enumerate(self._present()):
             chosen = widths.flatten() == width
             planes, parts = parts[: len(PLANES[width])], parts[len(PLANES[width]) :]
             codes = split(planes, width, (self._tokens, int(chosen.sum())))
-            flat[..., chosen] = self.fitted[5 + number].float()[codes.int()]
+            flat[..., chosen] = self.fitted[self._tables + number].float()[codes.int()]
         coefficients = flat.view(*flat.shape[:2], heads, dim).transpose(1, 2)
-        states: Tensor = coefficients @ self._synthesis() + self.fitted[2].float()
+        states: Tensor = coefficients @ self._synthesis() + self.fitted[1].float()
+        if self.joint:
+            return states.view(*flat.shape[:2], self._heads, -1).transpose(1, 2)
         return states
 
+    @property
+    def _widths(self) -> Tensor:
+        """uint8 [kv_heads or 1, axes]."""
+        return self.fitted[0]
+
+    def _folded(self, states: Tensor) -> Tensor:
+        """`states` [blocks, kv_heads, tokens, dim], all heads as one if they are coded together."""
+        return states.transpose(1, 2).flatten(2)[:, None] if self.joint else states
+
+    def _cost(self, metric: Tensor) -> Tensor:
+        return metric.reshape(1, -1) if self.joint else metric
+
     def _present(self) -> list[int]:
-        return sorted(set(self.fitted[4].flatten().tolist()) - {0})
+        return sorted(set(self._widths.flatten().tolist()) - {0})
 
     def _synthesis(self) -> Tensor:
         """[heads, axes, dim]; rows of axes that are not kept are 0."""
-        whole, step, widths = self.fitted[0], self.fitted[1], self.fitted[4]
-        basis = torch.zeros(*widths.shape, whole.shape[1], device=whole.device)
-        basis[widths > 0] = whole * step.float()[:, None]
+        widths, step = self._widths, self.fitted[3]
+        dim = widths.shape[1]
+        whole = unpack(self.fitted[4 : self._tables], self.basis_bits, dim).float()
+        basis = torch.zeros(*widths.shape, dim, device=whole.device)
+        basis[widths > 0] = (whole - (2 ** (self.basis_bits - 1) - 1)) * step.float()
         return basis
 
     def _analysis(self) -> Tensor:
         """[heads, dim, axes]: coefficients of least weighted error, for the basis as it is kept."""
-        root = self.fitted[3].float().sqrt()
+        root = self.fitted[2].float().sqrt()
         basis = self._synthesis() * root[:, None]
         inverse: Tensor = torch.linalg.pinv(basis.double(), rtol=1e-7)
         return root[..., None] * inverse.float()
@@ -142,12 +147,7 @@ def _widths(power: Tensor, budget: int) -> Tensor:
 
     The error is convex in the bits of an axis, so the greatest gains are the best.
     """
-    gains = _gains(power)
+    errors = torch.tensor(_GAUSSIAN, device=power.device)
+    gains = power[:, None] * (errors[:-1] - errors[1:])  # [n, bits], falling along bits
     chosen = gains.flatten().topk(min(budget, gains.numel())).indices
     return torch.bincount(chosen // _MOST, minlength=len(power))
-
-
-def _gains(power: Tensor) -> Tensor:
-    """What each bit saves of the error of axes of such `power`, [..., bits], falling."""
-    errors = torch.tensor(_GAUSSIAN, device=power.device)
-    return power[..., None] * (errors[:-1] - errors[1:])

@@ -6,15 +6,14 @@ channels are weighed by the queries' mean square, turned by the distances at whi
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from pliant.cache.codings import Coding, Transform
+from pliant.cache.codings import Transform
 from pliant.cache.policies.coded import Coded, Prepared
 from pliant.cache.policy import Entries, Layer, policy
-from pliant.errors import PliantError
 
 _DISTANCES = 16
 
@@ -24,35 +23,31 @@ class Waterfill(Coded):
     """`keys` and `values` bits a number on average; no bits for axes where there is nothing.
 
     Bases, widths and levels come from the sequence's first `fit` tokens, which stay as they are
-    until all have been seen. prepared: by `pliant.cache.mixed.mixed`, which weighs all layers'
-    keys and values together, instead of `keys`, `values` and the queries; refit: take from it the
-    bits of each side and the costs of errors alone, and the rest from the sequence all the same.
-    weighted: by queries; reach: how far back they are taken to look.
+    until all have been seen. joint: axes run through all heads, which share much; the basis, in
+    `basis_bits` a number, takes more bytes. weighted: channels of keys by what queries make of
+    them; reach: how far back they are taken to look.
     """
 
     def __init__(
         self,
         layer: Layer,
         *,
-        keys: float = 3.0,
+        keys: float = 2.5,
         values: float = 3.0,
         weighted: bool = True,
         reach: int = 1024,
+        joint: bool = True,
+        basis_bits: int = 5,
         sinks: int = 4,
         recent: int = 0,
         block: int = 32,
         fit: int = 508,
         prepared: Prepared | None = None,
-        refit: bool = False,
     ) -> None:
         unturned = layer.rotary is not None
         super().__init__(layer, sinks=sinks, recent=recent, block=block, fit=fit, unturned=unturned)
-        if prepared is not None and refit:
-            of_keys, of_values = prepared[layer.index]
-            self.use(_again(of_keys), _again(of_values), None)
-            weighted = False
-        else:
-            self.use(Transform(keys), Transform(values), prepared)
+        options: dict[str, Any] = {"joint": joint, "basis_bits": basis_bits}
+        self.use(Transform(keys, **options), Transform(values, **options), prepared)
         self.weighted, self.reach = weighted, reach
         self.asked: Tensor | None = None  # sum of outer products of queries, before rotary
 
@@ -94,9 +89,3 @@ class Waterfill(Coded):
     def fitted_nbytes(self) -> int:
         waiting = 0 if self.asked is None else int(self.asked.nbytes)
         return super().fitted_nbytes + waiting
-
-
-def _again(side: Coding) -> Transform:
-    if not isinstance(side, Transform):
-        raise PliantError("refit takes what pliant.cache.mixed.mixed prepared, and nothing else")
-    return side.again()
