@@ -48,15 +48,28 @@ class Evicting(Keep):
             self.marks[name] = fresh
         return self.marks[name]
 
+    def fade(self, name: str, weights: Tensor, window: int) -> Tensor:
+        """Add attention weights [heads, n, entries] to a mark that forgets; the mark.
+
+        A query counts 1, the one before it 1 - 1 / window, and so on: about the last `window`
+        queries, in one number an entry, and the same however the text is cut into chunks.
+        """
+        keep, count = 1 - 1 / window, weights.shape[1]
+        ages = torch.arange(count - 1, -1, -1, device=weights.device)
+        fresh = torch.einsum("hte,t->he", self.per_kv_head(weights), torch.pow(keep, ages).float())
+        return self.mark(name).mul_(keep**count).add_(fresh)
+
     def settle(self) -> None:
         count = len(self.entries)
-        if count <= self.tokens:
-            return
-        worth = self.importance().clone()
+        if count > self.tokens:
+            self.evict(self.choose(self.importance()))
+
+    def choose(self, worth: Tensor) -> Tensor:
+        """The `tokens` entries worth most, the first and the recent before all, in order."""
+        worth = worth.clone()
         worth[:, : self.sinks] = torch.inf  # entries are in order of position
-        worth[:, count - self.recent :] = torch.inf
-        chosen = worth.topk(self.tokens, dim=1).indices.sort(1).values
-        self.evict(chosen)
+        worth[:, len(self.entries) - self.recent :] = torch.inf
+        return worth.topk(self.tokens, dim=1).indices.sort(1).values
 
     def evict(self, chosen: Tensor) -> None:
         """Keep entries `chosen` [kv_heads, m] alone, which rise along each head."""
