@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from pliant.errors import BudgetError
 from pliant.run.sampling import Score
-from pliant.serve.engine import Answer, ClosedError, QueueFullError, Status
+from pliant.serve.decisions import Decision
+from pliant.serve.engine import Answer, ClosedError, QueueFullError, Status, TargetState
 from pliant.serve.request import Live, Request
 
 from ..run.tiny import ChatTokenizer
@@ -48,7 +49,13 @@ class ScriptedEngine:
     def status(self) -> Status:
         return replace(self._status, running=len(self._tasks))
 
-    async def set_budget(self, memory: int) -> Status:
+    def decisions(self, since: int = 0):
+        return [made for made in [Decision(1, 0.5, "budget to 1 KiB", "a test")] if made.id > since]
+
+    def ladder(self):
+        return [TargetState("one", "q", 0, 1, 3, 10, 30)]
+
+    async def set_budget(self, memory: int, reason: str = "") -> Status:
         if memory < 10:
             raise BudgetError("the smallest total is 10 bytes")
         self._status = replace(self._status, memory=memory)

@@ -38,8 +38,9 @@ def test_it_is_healthy(http):
 
 def test_the_budget_is_told_and_moved(http):
     before = http.get("/v1/budget").json()
-    assert before == {"memory": 100, "planned": 80, "weights": 50, "cache": 30,
-                      "waiting": 0, "running": 0}  # fmt: skip
+    told = {"memory": 100, "planned": 80, "weights": 50, "cache": 30, "waiting": 0, "running": 0}
+    assert told.items() <= before.items()
+    assert (before["damage"], before["pages"], before["moves"]) == (None, {}, 0)
     assert http.put("/v1/budget", json={"memory": "1KiB"}).json()["memory"] == 1024
     assert http.put("/v1/budget", json={"memory": 2048}).json()["memory"] == 2048
     for wrong in (5, "much", -1, "9 bananas", 10**400, "9" * 400, None, [1], True):
@@ -47,6 +48,30 @@ def test_the_budget_is_told_and_moved(http):
         assert refused.status_code == 400
         assert error_of(refused)["param"] == "memory"
     assert http.get("/v1/budget").json()["memory"] == 2048
+
+
+def test_weights_and_decisions_are_told(http):
+    assert http.get("/v1/ladder").json() == [
+        {"name": "one", "kind": "q", "layer": 0, "rung": 1, "rungs": 3, "nbytes": 10, "most": 30}
+    ]
+    (made,) = http.get("/v1/decisions").json()
+    assert (made["id"], made["what"], made["reason"]) == (1, "budget to 1 KiB", "a test")
+    assert http.get("/v1/decisions?since=1").json() == []
+    assert http.get("/v1/decisions?since=-1").status_code == 400
+
+
+def test_the_page_is_whole_and_asks_nobody_else(http):
+    page = http.get("/")
+    assert page.status_code == 200
+    assert "default-src 'self'" in page.headers["content-security-policy"]
+    for name in ("dashboard.css", "dashboard.js"):
+        assert f'"/{name}"' in page.text
+        part = http.get(f"/{name}")
+        assert part.status_code == 200
+        assert "http" not in part.text.replace("https://", "http")
+        same = http.get(f"/{name}", headers={"if-none-match": part.headers["etag"]})
+        assert (same.status_code, same.content) == (304, b"")
+    assert "//" not in page.text.replace("<!doctype", "")
 
 
 def test_metrics_follow_what_happens(http, scripted):

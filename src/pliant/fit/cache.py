@@ -9,6 +9,7 @@ from torch import Tensor
 from pliant.ladder.cache_record import CacheRecord, write_record
 from pliant.measure.cache_damage import cache_damage
 from pliant.measure.damage import Progress
+from pliant.run.packed import PackedModel
 
 
 def measure_cache(
@@ -18,7 +19,7 @@ def measure_cache(
 
     text: where the ids are from. UnsupportedModelError where its cache cannot be paged.
     """
-    damage = cache_damage(model, ids, progress=progress)
+    damage = cache_damage(PackedModel(model), ids, progress=progress)
     scored = len(ids) * (ids.shape[1] - ids.shape[1] // 2)
     record = CacheRecord(damage=damage, text=text, tokens=scored, window=ids.shape[1])
     write_record(model.artifact.directory, record)

@@ -40,7 +40,7 @@ from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
 from pliant.fit.training import reconstructed_rungs, trained_rungs, training_text
 from pliant.fit.tune import trained_sizes
-from pliant.ladder import Ladder, Rung, Writer, check_output, load
+from pliant.ladder import Ladder, Rung, Writer, check_output
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
 from pliant.model import StreamedModel, Target, find_device, open_checkpoint
@@ -53,6 +53,7 @@ from pliant.observe import (
 )
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes, weights_budget
 from pliant.plan.search import Correction, Sample, spaced
+from pliant.run import load
 
 Progress = Callable[[str, int, int], None]  # stage, done, of
 

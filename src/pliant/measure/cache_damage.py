@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.cache import CODED_BITS, Chunk, PagedModel, PagedSequence, PagePool
+from pliant.cache import CODED_BITS, Chunk, PagedSequence, PagePool
 from pliant.cache.cold import cold_pages
 from pliant.measure.damage import Progress
 
@@ -21,17 +21,16 @@ _PLENTY = 1 << 62
 
 @torch.inference_mode()
 def cache_damage(
-    model: Any,
+    paged: Any,
     ids: Tensor,
     widths: Sequence[int] = CODED_BITS,
     progress: Progress | None = None,
 ) -> dict[int, float]:
-    """Mean KL divergence, nats a token, of `model` with its cache in each width from 16 bits.
+    """Mean KL divergence, nats a token, of a model with its cache in each width from 16 bits.
 
-    model: of transformers, which a paged cache can serve (else UnsupportedModelError). ids: windows
-    of text [n, tokens], of which the second half is scored. progress: told (done, of) in chunks.
+    paged: the model as a PagedModel, or a PackedModel. ids: windows of text [n, tokens], of which
+    the second half is scored. progress: told (done, of) in chunks.
     """
-    paged = PagedModel(model)
     pool = PagePool(paged.shape, _PLENTY, ids.device)
     count, half = len(ids), ids.shape[1] // 2
     kept = (pool.shape.bits, *widths)

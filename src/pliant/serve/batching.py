@@ -19,7 +19,6 @@ from pliant.cache import Chunk, OutOfPages, PagedSequence, PagePool
 from pliant.errors import PliantError
 from pliant.plan.memory import PREFILL_CHUNK
 from pliant.run.packed import PackedModel
-from pliant.serve.decisions import Decision, DecisionLog
 from pliant.serve.engine import Status
 from pliant.serve.request import Reason, Request
 from pliant.serve.room import SHARE_DAMAGE, SLICE_SECONDS, Room
@@ -62,7 +61,6 @@ class BatchingEngine(ThreadedEngine):
     ) -> None:
         super().__init__(model, tokenizer, most_waiting)
         self._packed = PackedModel(model)
-        self._log = DecisionLog()
         self.room = Room(model, memory, most, self._log, share_damage, fixed)
         self._swap = swap
         self._running: list[Running] = []
@@ -78,9 +76,6 @@ class BatchingEngine(ThreadedEngine):
     @property
     def pool(self) -> PagePool:
         return self.room.pool
-
-    def decisions(self, since: int = 0) -> list[Decision]:
-        return self._log.since(since)
 
     def _turn(self) -> None:
         """One pass: a token more for every answer, and of unread prompts as much as it takes."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pliant.errors import PliantError
+from pliant.serve.decisions import Decision
 from pliant.serve.request import Event, Finished, Live, Request
 
 RATE_SECONDS = 5.0
@@ -57,6 +58,19 @@ class Status:
     moves: int = 0
 
 
+@dataclass(frozen=True)
+class TargetState:
+    """A weight as it is now. layer: None outside of the layers. rung: of `rungs`, from 0; bytes."""
+
+    name: str
+    kind: str
+    layer: int | None
+    rung: int
+    rungs: int
+    nbytes: int
+    most: int
+
+
 class Engine(Protocol):
     """Runs requests. Its methods are called from the event loop, and none of them blocks it.
 
@@ -80,6 +94,14 @@ class Engine(Protocol):
 
         reason: why, for the log of decisions.
         """
+        ...
+
+    def decisions(self, since: int = 0) -> list[Decision]:
+        """What was decided about memory after the decision with this id, oldest first."""
+        ...
+
+    def ladder(self) -> list[TargetState]:
+        """Every weight as it is now, layer by layer."""
         ...
 
     async def close(self) -> None:

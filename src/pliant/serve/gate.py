@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from pliant.serve.api_error import CLIENT_CLOSED, ApiError
 from pliant.serve.metrics import Metrics
 
-OPEN = ("/health",)  # needs no key
+OPEN = ("/health", "/", "/dashboard.css", "/dashboard.js")  # need no key
 GRACE_SECONDS = 10.0  # beyond the time limit, for an answer to end with an error of its own
 
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse
@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 from pliant.budget import parse_size
 from pliant.errors import BudgetError, PliantError
 from pliant.serve.api_error import CLIENT_CLOSED, ApiError, ErrorBody, from_validation
+from pliant.serve.dashboard import add_dashboard
 from pliant.serve.engine import Answer, ClosedError, Engine, QueueFullError
 from pliant.serve.gate import Gate, Limits
 from pliant.serve.grammar import Grammars
@@ -52,7 +53,11 @@ class BudgetRequest(BaseModel):
 
 
 class BudgetStatus(BaseModel):
-    """Bytes: memory is the budget, planned what everything takes at its peak."""
+    """Bytes: memory is the budget, planned what everything takes at its peak, activations what is
+    set aside for them; least and most: budgets that are taken, and that are of any use. damage,
+    cache_damage: nats a token expected. pages: how many of each width in bits. moves: changes of
+    the weights so far.
+    """
 
     memory: int | None
     planned: int
@@ -60,6 +65,36 @@ class BudgetStatus(BaseModel):
     cache: int
     waiting: int
     running: int
+    activations: int
+    free: int
+    least: int
+    most: int
+    damage: float | None
+    cache_damage: float | None
+    pages: dict[int, int]
+    moves: int
+    tokens_per_second: float
+
+
+class DecisionFields(BaseModel):
+    """What was decided about memory, and why. at: Unix seconds."""
+
+    id: int
+    at: float
+    what: str
+    reason: str
+
+
+class TargetFields(BaseModel):
+    """A weight: its rung of how many, and its bytes now and on the last rung."""
+
+    name: str
+    kind: str
+    layer: int | None
+    rung: int
+    rungs: int
+    nbytes: int
+    most: int
 
 
 class Model(BaseModel):
@@ -196,6 +231,7 @@ def create_app(
         app.add_exception_handler(error, handler)
     _add_openai(app, server)
     _add_pages(app, server)
+    add_dashboard(app)
     return app
 
 
@@ -283,6 +319,16 @@ def _add_pages(app: FastAPI, server: _Server) -> None:
     @app.get("/v1/budget")
     async def get_budget() -> BudgetStatus:
         return BudgetStatus(**_known(asdict(server.engine.status())))
+
+    @app.get("/v1/ladder")
+    async def get_ladder() -> list[TargetFields]:
+        return [TargetFields(**asdict(target)) for target in server.engine.ladder()]
+
+    @app.get("/v1/decisions")
+    async def get_decisions(
+        since: Annotated[int, Query(ge=0, lt=2**63)] = 0,
+    ) -> list[DecisionFields]:
+        return [DecisionFields(**asdict(made)) for made in server.engine.decisions(since)]
 
     @app.put("/v1/budget")
     async def set_budget(body: BudgetRequest) -> BudgetStatus:

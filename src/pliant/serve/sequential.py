@@ -28,6 +28,8 @@ class SequentialEngine(ThreadedEngine):
         super().__init__(model, tokenizer, most_waiting)
         self._memory = Memory(model)
         self._running: Answer | None = None
+        self._damage_of: Any = None  # the plan that the next is of
+        self._damage_now = 0.0
         self._read_tokens = 0  # of those in the memory: read in a prompt, not made
         self._thread.start()
 
@@ -35,14 +37,26 @@ class SequentialEngine(ThreadedEngine):
         return int(self._running is not None)
 
     def _held(self) -> dict[str, Any]:
-        plan = self._model.plan
+        plan, ladder = self._model.plan, self._model.artifact.ladder
+        rest = plan.planned_bytes - plan.weight_bytes
         return {
             "memory": plan.memory,
             "planned": plan.planned_bytes,
             "weights": plan.weight_bytes,
             "cache": int(self._memory.cache.nbytes),
             "activations": plan.breakdown.activations,
+            "free": max((plan.memory or plan.planned_bytes) - plan.planned_bytes, 0),
+            "least": rest + ladder.smallest_bytes,
+            "most": rest + ladder.largest_bytes,
+            "damage": self._damage(plan),
         }
+
+    def _damage(self, plan: Any) -> float:
+        """What the weights are expected to cost; the climb is walked once for a plan."""
+        if self._damage_of is not plan:
+            self._damage_of = plan
+            self._damage_now = self._model.artifact.ladder.damage_at(plan.weight_bytes)
+        return self._damage_now
 
     def _turn(self) -> None:
         """Run the next request to its end."""

@@ -9,22 +9,24 @@ from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from typing import Any
 
+from pliant.budget import format_size
 from pliant.errors import PliantError
 from pliant.run.generate import context_of, end_tokens
-from pliant.serve.engine import ASKED, Answer, ClosedError, FairQueue, Rate, Status
+from pliant.serve.decisions import Decision, DecisionLog
+from pliant.serve.engine import ASKED, Answer, ClosedError, FairQueue, Rate, Status, TargetState
 from pliant.serve.request import Live, Request
 
 MOST_WAITING = 1024
 SCORED_CHUNK = 8  # prompt tokens whose logits are held at once
 
-_log = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def failure(error: Exception) -> str:
     """What a request is told that ends in `error`: a mistake in words, all else is for the log."""
     if isinstance(error, PliantError):
         return str(error)
-    _log.error("a request failed", exc_info=error)
+    _logger.error("a request failed", exc_info=error)
     return "the engine failed; its log says how"
 
 
@@ -46,6 +48,7 @@ class ThreadedEngine(ABC):
         self._changed = threading.Condition()  # guards the three above
         self._prompt_tokens = self._new_tokens = 0
         self._rate = Rate()
+        self._log = DecisionLog()
         self._thread = threading.Thread(target=self._work, name="pliant-engine", daemon=True)
 
     def submit(self, request: Request) -> Answer:
@@ -77,6 +80,23 @@ class ThreadedEngine(ABC):
             self._budgets.append((memory, reason, done))
             self._changed.notify()
         return await asyncio.wrap_future(done)
+
+    def decisions(self, since: int = 0) -> list[Decision]:
+        return self._log.since(since)
+
+    def ladder(self) -> list[TargetState]:
+        plan, artifact = self._model.plan, self._model.artifact
+        found = []
+        for target in artifact.targets:
+            name = target["name"]
+            rungs, index = artifact.ladder.rungs[name], plan.allocation[name]
+            found.append(
+                TargetState(
+                    name, target["kind"], target["block"], index, len(rungs),
+                    rungs[index].nbytes, rungs[-1].nbytes,
+                )
+            )  # fmt: skip
+        return found
 
     async def close(self) -> None:
         with self._changed:
@@ -142,10 +162,11 @@ class ThreadedEngine(ABC):
 
     def _resize(self) -> None:
         """Go to the budgets that were asked for."""
-        for memory, _, done in self._budgets_asked():
+        for memory, reason, done in self._budgets_asked():
             try:
                 self._model.resize(memory=memory)
             except Exception as error:
                 done.set_exception(error)
             else:
+                self._log.add(f"budget to {format_size(memory)}", reason)
                 done.set_result(self.status())
