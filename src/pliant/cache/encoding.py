@@ -142,9 +142,9 @@ def encode(data: Tensor, shape: PageShape, bits: int) -> Tensor:
     """`data` [layers, tokens, width] as codes of `bits` bits, uint8 [layers, bytes]."""
     row = _Row(shape, bits)
     keys, values = _sides(data.float(), shape)
-    key_codes, *key_scales = _round(keys, bits, dim=1)
+    key_codes, *key_scales = on_grid(keys, bits, dim=1)
     values = values.reshape(shape.layers, -1, shape.value_dim)
-    value_codes, *value_scales = _round(values, bits, dim=2)
+    value_codes, *value_scales = on_grid(values, bits, dim=2)
     padding = data.new_zeros((shape.layers, row.sizes[2 * row.planes]), dtype=torch.uint8)
     return torch.cat(
         [
@@ -177,7 +177,7 @@ def _sides(rows: Tensor, shape: PageShape) -> tuple[Tensor, Tensor]:
     return rows[..., : shape.keys], rows[..., shape.keys :]
 
 
-def _round(numbers: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+def on_grid(numbers: Tensor, bits: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (uint8, as `numbers`), and the float16 steps and starts of the grid along `dim`."""
     most = 2**bits - 1
     low, high = numbers.amin(dim, keepdim=True), numbers.amax(dim, keepdim=True)
