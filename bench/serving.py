@@ -47,7 +47,8 @@ def main() -> None:
 async def measured(
     kind: Any, model: Any, tokenizer: Any, users: int, arguments: Any
 ) -> dict[str, float]:
-    engine = kind(model, tokenizer)
+    options = {"most": users, "fixed": True} if kind is BatchingEngine else {}
+    engine = kind(model, tokenizer, **options)
     try:
         await asyncio.gather(*(ask(engine, prompt(engine, 1000 + i, arguments), 4)
                                for i in range(users)))  # fmt: skip

@@ -317,6 +317,7 @@ def test_run_continues_text_without_a_template(tiny_artifact, ask, fails):
     assert found["finish"] in ("length", "stop")
     assert "no chat template" in fails(1, "chat", tiny_artifact)
     assert "temperature" in fails(1, "run", tiny_artifact, "hello", "--temperature", -1)
+    assert "top_h" in fails(1, "run", tiny_artifact, "hello", "--top-h", 0)
     assert "empty" in fails(1, "run", tiny_artifact, "")
 
 

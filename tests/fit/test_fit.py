@@ -100,6 +100,7 @@ def test_interrupted_at_any_stage_it_goes_on_to_the_same_bytes(
     stages = [stage for stage, _, _ in whole.calls]
     assert list(dict.fromkeys(stages)) == [
         "writing text", "reading text", "building rungs", "measuring", "writing",
+        "measuring the cache",
     ]  # fmt: skip
     firsts = {stages.index(stage) + 1 for stage in stages}
     lasts = {len(stages) - stages[::-1].index(stage) for stage in stages}

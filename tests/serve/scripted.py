@@ -21,6 +21,7 @@ class ScriptedEngine:
 
     context = 4096
     vocabulary = 260
+    end = frozenset({END})
 
     def __init__(self) -> None:
         self.tokenizer = ChatTokenizer()
@@ -39,7 +40,7 @@ class ScriptedEngine:
             raise ClosedError("the server is shutting down")
         if len(self._tasks) >= self.most:
             raise QueueFullError("too many")
-        answer = Answer(Live(request, self.tokenizer, frozenset({END})), self._cancel)
+        answer = Answer(Live(request, self.tokenizer, self.end), self._cancel)
         self.requests.append(request)
         self._tasks[answer] = asyncio.get_running_loop().create_task(self._run(answer))
         return answer

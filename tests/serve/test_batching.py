@@ -9,13 +9,13 @@ from contextlib import asynccontextmanager
 import pytest
 import torch
 
-from pliant.cache import PagedModel
 from pliant.errors import BudgetError
 from pliant.run import Sampler, load
+from pliant.run.packed import PackedModel
 from pliant.serve.batching import BatchingEngine
 from pliant.serve.request import Finished, Piece, Prompt, Request
 
-from .test_sequential import PROMPT, Gate, memory_for
+from .test_sequential import PROMPT, Gate
 
 
 @pytest.fixture(scope="module")
@@ -25,9 +25,12 @@ def model(artifact):
 
 @asynccontextmanager
 async def engine_of(model, pages: int | None = None, **options):
-    engine = BatchingEngine(model, model.artifact.tokenizer(), **options)
-    if pages is not None:
-        engine.pool.budget = pages * engine.pool.shape.nbytes()
+    engine = BatchingEngine(model, model.artifact.tokenizer(), **{"fixed": True, **options})
+    if pages is not None:  # fewer than a budget would leave
+        room = pages * engine.pool.shape.nbytes()
+        engine.room.memory = engine.room.reserved + engine.room.weights + room
+        engine.pool.budget = room
+        engine._answer_tokens = 1.0  # so that requests come in that will not fit
     try:
         yield engine
     finally:
@@ -93,13 +96,13 @@ def test_answers_are_those_of_the_model(model):
 
 
 def test_they_run_in_the_same_passes(model, monkeypatch):
-    sizes, call = [], PagedModel.__call__
+    sizes, call = [], PackedModel.__call__
 
     def counting(self, chunks, every=False):
         sizes.append([len(chunk.tokens) for chunk in chunks])
         return call(self, chunks, every)
 
-    monkeypatch.setattr(PagedModel, "__call__", counting)
+    monkeypatch.setattr(PackedModel, "__call__", counting)
     asked = [Request(PROMPT[: 9 + i], 20) for i in range(6)]
     answers_of(model, asked, True)
     decoding = [size for size in sizes if size == [1] * 6]
@@ -121,6 +124,14 @@ def test_a_common_beginning_is_read_once(model):
     assert cached == 0
     assert [end.cached_tokens for end in ends] == [80] * 3  # of 81: five pages of 16
     assert prompts == 4 * 81
+
+
+def test_answers_to_one_prompt_share_it(model):
+    """They come at once, and only the first reads it."""
+    asked = [Request(PROMPT, 3, Sampler(temperature=1.0, seed=i)) for i in range(4)]
+    ends = [end for _, end in answers_of(model, asked, True)]
+    assert [end.cached_tokens for end in ends] == [0, 32, 32, 32]  # of 40: two pages of 16
+    assert [end.reason for end in ends] == ["length"] * 4
 
 
 def test_where_pages_run_short_the_last_comer_gives_way_and_is_finished_later(model):
@@ -148,13 +159,13 @@ def test_one_that_never_fits_ends_alone(model):
 
 @pytest.fixture
 def gate(monkeypatch):
-    call, made = PagedModel.__call__, Gate()
+    call, made = PackedModel.__call__, Gate()
 
     def waiting(self, *args):
         made.passed()
         return call(self, *args)
 
-    monkeypatch.setattr(PagedModel, "__call__", waiting)
+    monkeypatch.setattr(PackedModel, "__call__", waiting)
     return made
 
 
@@ -201,29 +212,33 @@ def test_the_budget_changes_between_passes(artifact, gate):
     model = load(artifact, weights=190_000, context=200, batch=1)
 
     async def ask():
-        async with engine_of(model) as engine:
+        async with engine_of(model, fixed=False) as engine:
             answer = engine.submit(Request(PROMPT, 100))
             await gate.reached()
-            change = asyncio.create_task(engine.set_budget(memory_for(model, 80_000)))
+            pages = engine.room.shape.nbytes() * engine.room.shape.pages(200)
+            wanted = engine.room.reserved + pages + 80_000
+            change = asyncio.create_task(engine.set_budget(wanted))
             await asyncio.sleep(0)
             gate.open()
             small = await change
             _, end = await said(answer)
             after = await said(engine.submit(Request(PROMPT, 20, logprobs=0)))
-            with pytest.raises(BudgetError, match="smallest total"):
+            with pytest.raises(BudgetError, match="smallest weights"):
                 await engine.set_budget(1000)
             return small, end, after
 
     small, end, (tokens, last) = asyncio.run(ask())
-    assert small.weights <= 80_000
+    assert 70_000 < small.weights < 90_000
+    assert end.resized
+    assert not last.resized
     assert (end.reason, end.new_tokens) == ("length", 100)
     assert last.cached_tokens == 0  # nothing of the other weights is left
-    other = load(artifact, weights=80_000, context=200, batch=1)
+    other = load(artifact, weights=small.weights, context=200, batch=1)
     assert_same([(tokens, last)], answers_of(other, [Request(PROMPT, 20, logprobs=0)], False))
 
 
 def test_a_failed_pass_ends_those_in_it_alone(model, monkeypatch, caplog):
-    call, broken = PagedModel.__call__, []
+    call, broken = PackedModel.__call__, []
 
     def once(self, *args):
         if not broken:
@@ -231,7 +246,7 @@ def test_a_failed_pass_ends_those_in_it_alone(model, monkeypatch, caplog):
             raise RuntimeError("out of memory")
         return call(self, *args)
 
-    monkeypatch.setattr(PagedModel, "__call__", once)
+    monkeypatch.setattr(PackedModel, "__call__", once)
     first, second = answers_of(model, [Request(PROMPT, 5)] * 2, False)
     assert first[1].reason == "error"
     assert "out of memory" not in first[1].message

@@ -5,7 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
-from pliant.run import stream
+from pliant.run import Sampler, stream
 from pliant.serve.sequential import SequentialEngine
 
 from .conftest import serving
@@ -73,14 +73,17 @@ def test_a_seed_repeats_an_answer(real):
 def test_every_setting_reaches_the_engine(fake, scripted):
     fake.completions.create(
         model="tiny", prompt="hi", max_tokens=3, temperature=0.5, top_p=0.25, seed=9,
-        stop=["a", "b"], logprobs=2,
-        extra_body={"top_k": 7, "min_p": 0.125, "priority": -3, "unknown": {"x": 1}},
+        stop=["a", "b"], logprobs=2, presence_penalty=0.5, frequency_penalty=-0.25,
+        logit_bias={"7": -100, "9": 2.5},
+        extra_body={"top_k": 7, "min_p": 0.125, "top_h": 0.75, "priority": -3, "unknown": {"x": 1}},
     )  # fmt: skip
     request = scripted.requests[0]
     sampler = request.sampler
     assert list(request.prompt) == scripted.tokenizer.tokens("hi")
     assert (sampler.temperature, sampler.top_p, sampler.seed) == (0.5, 0.25, 9)
-    assert (sampler.top_k, sampler.min_p) == (7, 0.125)
+    assert (sampler.top_k, sampler.min_p, sampler.top_h) == (7, 0.125, 0.75)
+    assert (sampler.presence_penalty, sampler.frequency_penalty) == (0.5, -0.25)
+    assert sampler.logit_bias == ((7, -100.0), (9, 2.5))
     assert (request.max_tokens, request.stop, request.logprobs) == (3, ("a", "b"), 2)
     assert request.priority == -3
 
@@ -90,7 +93,8 @@ def test_defaults_are_openais(fake, scripted):
     fake.chat.completions.create(model="tiny", messages=MESSAGES)
     text, chat = scripted.requests
     assert (text.max_tokens, chat.max_tokens) == (16, scripted.context)
-    assert text.sampler.temperature == chat.sampler.temperature == 1.0
+    assert text.sampler == chat.sampler == Sampler(temperature=1.0)
+    assert text.grammar is chat.grammar is None
     assert text.logprobs is chat.logprobs is None
     assert list(chat.prompt) == scripted.tokenizer("<turn>u:hello<turn>a:")["input_ids"]
 
@@ -180,6 +184,33 @@ def test_several_prompts_are_several_choices(fake, scripted):
     assert [request.prompt for request in scripted.requests[-2:]] == [(70, 71), (72,)]
 
 
+def test_several_answers_to_a_prompt(fake, scripted):
+    asked = {"model": "tiny", "prompt": ["one", "three"], "max_tokens": 3, "n": 2, "seed": 5}
+    whole = fake.completions.create(**asked, best_of=2)
+    assert [(c.index, c.text) for c in whole.choices] == [(i, "Hel") for i in range(4)]
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (8, 12)
+    prompts = [scripted.tokenizer.tokens(text) for text in ("one", "one", "three", "three")]
+    assert [list(request.prompt) for request in scripted.requests] == prompts
+    assert [request.sampler.seed for request in scripted.requests] == [5, 6, 5, 6]
+    chunks = list(
+        fake.completions.create(**asked, stream=True, stream_options={"include_usage": True})
+    )
+    assert {c.choices[0].index for c in chunks[:-1]} == {0, 1, 2, 3}
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (8, 12)
+
+
+def test_several_answers_to_a_chat(fake, scripted):
+    asked = {"model": "tiny", "messages": MESSAGES, "max_tokens": 3, "n": 16}
+    whole = fake.chat.completions.create(**asked)
+    assert [(c.index, c.message.content) for c in whole.choices] == [(i, "Hel") for i in range(16)]
+    prompt = len(scripted.requests[0].prompt)
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (prompt, 48)
+    texts = [""] * 16
+    for chunk in fake.chat.completions.create(**asked, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+    assert texts == ["Hel"] * 16
+
+
 def test_parts_and_other_roles_of_messages(fake, scripted):
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     fake.chat.completions.create(
@@ -202,11 +233,20 @@ def test_models_are_listed(fake):
 
 
 REFUSED = [
-    ({"n": 2}, "n", "n must be 1"),
-    ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
-    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "schema"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty", "not supported"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+    ({"n": 17}, "n", "16"),
+    ({"n": 0}, "n", "1"),
+    ({"response_format": {"type": "xml"}}, "response_format", "'xml' is none of"),
+    ({"response_format": {"type": "json_schema"}}, "response_format", "schema is missing"),
+    ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "missing"),
+    ({"response_format": {"type": "json_object"}}, "response_format", "fast tokenizer"),
+    ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "guided_regex", "only one"),
+    ({"guided_choice": []}, "guided_choice", "at least 1"),
+    ({"frequency_penalty": 2.5}, "frequency_penalty", "less than or equal to 2"),
+    ({"presence_penalty": -3}, "presence_penalty", "greater than or equal to -2"),
+    ({"logit_bias": {"5": 101}}, "logit_bias", "100"),
+    ({"logit_bias": {"five": 1}}, "logit_bias", "integer"),
+    ({"logit_bias": {"260": 1}}, "logit_bias", "not in the vocabulary of 260"),
+    ({"top_h": 0}, "top_h", "greater than 0"),
     ({"temperature": 3}, "temperature", "less than or equal to 2"),
     ({"top_p": 0}, "top_p", "greater than 0"),
     ({"stop": ["x"] * 17}, "stop", "16"),
@@ -234,7 +274,8 @@ def test_what_cannot_be_done_is_refused(fake, scripted, wrong, param, words):
         ({"prompt": []}, "prompt", "prompt"),
         ({"prompt": [260]}, "prompt", "not in the vocabulary of 260"),
         ({"prompt": [-1]}, "prompt", "prompt"),
-        ({"prompt": "hi", "best_of": 2}, "best_of", "best_of must be 1"),
+        ({"prompt": "hi", "best_of": 2}, "best_of", "best_of must be n, which is 1"),
+        ({"prompt": ["hi"] * 65, "n": 2}, "n", "at most 128"),
         ({"prompt": "hi", "suffix": "x"}, "suffix", "not supported"),
         ({"prompt": "hi", "logprobs": 21}, "logprobs", "20"),
     ],

@@ -2,7 +2,7 @@
 
 from pliant.cache.dense import DenseCache
 from pliant.cache.encoding import CODED_BITS, PAGE_TOKENS, PageShape
-from pliant.cache.forward import Chunk, PagedModel
+from pliant.cache.forward import Chunk, PagedModel, extended
 from pliant.cache.pages import OutOfPages, Page, PagePool
 from pliant.cache.prefix import PrefixTree
 from pliant.cache.sequence import PagedSequence
@@ -19,4 +19,5 @@ __all__ = [
     "PagedModel",
     "PagedSequence",
     "PrefixTree",
+    "extended",
 ]

@@ -31,10 +31,15 @@ _PLAIN = {"is_causal", "position_ids", "use_cache"}  # what changes nothing here
 
 @dataclass(frozen=True)
 class Chunk:
-    """Token ids to append to a sequence: one to decode, several to read a prompt."""
+    """Token ids to append to a sequence: one to decode, several to read a prompt.
+
+    decode: they are of an answer. Where there is a kernel for that, a token's numbers depend on
+    which of both it is read as, and on nothing else.
+    """
 
     sequence: PagedSequence
     tokens: Sequence[int]
+    decode: bool = False
 
 
 class PagedModel:
@@ -66,16 +71,9 @@ class PagedModel:
         every: logits [total, vocabulary] after every token, chunk after chunk. On any error the
         sequences are as before; OutOfPages where their pool has no room for all chunks.
         """
-        pool = self._check(chunks)
-        lengths = [len(chunk.sequence) for chunk in chunks]
-        try:
-            for chunk in chunks:
-                chunk.sequence.extend(chunk.tokens)
+        pool = self.check(chunks)
+        with extended(chunks) as lengths:
             return self._run(pool, chunks, lengths, every)
-        except BaseException:
-            for chunk, length in zip(chunks, lengths, strict=True):
-                chunk.sequence.truncate(length)
-            raise
 
     def _run(
         self, pool: PagePool, chunks: Sequence[Chunk], lengths: Sequence[int], every: bool
@@ -99,7 +97,8 @@ class PagedModel:
             ).logits
         return logits[0]
 
-    def _check(self, chunks: Sequence[Chunk]) -> PagePool:
+    def check(self, chunks: Sequence[Chunk]) -> PagePool:
+        """The pool of `chunks`; PliantError for what cannot share a pass."""
         if not chunks or not all(chunk.tokens for chunk in chunks):
             raise PliantError("a pass needs at least one sequence, and a token for each")
         if len({id(chunk.sequence) for chunk in chunks}) < len(chunks):
@@ -116,6 +115,22 @@ class PagedModel:
         ):  # fmt: skip
             raise PliantError(f"pages of {shape} are not this model's, which are {own}")
         return pool
+
+
+@contextmanager
+def extended(chunks: Sequence[Chunk]) -> Iterator[list[int]]:
+    """Each sequence is longer by its chunk inside, and stays so unless there is an error; lengths
+    before.
+    """
+    lengths = [len(chunk.sequence) for chunk in chunks]
+    try:
+        for chunk in chunks:
+            chunk.sequence.extend(chunk.tokens)
+        yield lengths
+    except BaseException:
+        for chunk, length in zip(chunks, lengths, strict=True):
+            chunk.sequence.truncate(length)
+        raise
 
 
 @contextmanager

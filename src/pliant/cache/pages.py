@@ -15,6 +15,7 @@ KiB, which only tiny models have, share the system's own pages and come back in 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from pliant.budget import format_size
 from pliant.cache.encoding import PageShape, decode, encode
+from pliant.codes.base import one_thread
 from pliant.errors import PliantError
 from pliant.model.heap import release
 
@@ -44,13 +46,22 @@ class OutOfPages(PliantError):
 class Page:
     """Keys and values of some tokens: [layers, tokens, width], or uint8 codes [layers, bytes].
 
-    holders: sequences and trees that hold it. Change it through its pool only.
+    holders: sequences and trees that hold it. address: of its data. Change it through its pool
+    only.
     """
 
-    __slots__ = ("bits", "data", "holders")
+    __slots__ = ("_data", "address", "bits", "holders")
 
     def __init__(self, data: Tensor, bits: int) -> None:
         self.data, self.bits, self.holders = data, bits, 1
+
+    @property
+    def data(self) -> Tensor:
+        return self._data
+
+    @data.setter
+    def data(self, data: Tensor) -> None:
+        self._data, self.address = data, data.data_ptr()
 
 
 class PagePool:
@@ -63,7 +74,7 @@ class PagePool:
         self.shape, self.device = shape, torch.device(device)
         self.reclaim: Callable[[int], object] | None = None
         self._held = 0
-        self._count = 0
+        self._widths: Counter[int] = Counter()
         self._trims = False  # memory is to go back to the system once the budget is met
         self._budget = 0
         self.budget = budget
@@ -76,7 +87,11 @@ class PagePool:
     @property
     def pages(self) -> int:
         """Pages that somebody holds."""
-        return self._count
+        return self._widths.total()
+
+    def widths(self) -> dict[int, int]:
+        """How many pages of each width, in bits, somebody holds; from any thread."""
+        return {bits: count for bits, count in sorted(self._widths.items()) if count}
 
     @property
     def budget(self) -> int:
@@ -122,7 +137,7 @@ class PagePool:
                 wanted, self.free, f"the machine has no {format_size(wanted)} for KV pages"
             ) from error
         self._held += wanted
-        self._count += len(pages)
+        self._widths.update(bits)
         return pages
 
     def hold(self, pages: Sequence[Page]) -> None:
@@ -138,7 +153,7 @@ class PagePool:
             page.holders -= 1
             if not page.holders:
                 self._held -= page.data.nbytes
-                self._count -= 1
+                self._widths[page.bits] -= 1
                 page.data = page.data.new_empty(0)
         self._trim()
 
@@ -169,8 +184,10 @@ class PagePool:
         if bits >= page.bits:
             raise PliantError(f"a page of {page.bits} bits cannot be made smaller to {bits}")
         before = page.data.nbytes
-        with torch.inference_mode(False):
+        with one_thread(), torch.inference_mode(False):
             page.data = encode(self.decoded(page), self.shape, bits)
+        self._widths[page.bits] -= 1
+        self._widths[bits] += 1
         page.bits = bits
         saved = before - int(page.data.nbytes)
         self._held -= saved

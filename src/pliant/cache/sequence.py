@@ -45,13 +45,10 @@ class PagedSequence:
         A last page that is shared or coded, and not full, is copied first.
         """
         self._check_here()
-        size = self.pool.shape.tokens
-        used = len(self) % size
-        copies = bool(used) and not self.pool.writable(self.pages[-1])
-        more = self.pool.shape.pages(len(self) + len(tokens)) - len(self.pages)
         if not tokens:
             return
-        taken = self.pool.take(more + copies)
+        copies = self._copies()
+        taken = self.pool.take(self._more(len(tokens)) + copies)
         if copies:
             last, own = self.pages[-1], taken.pop()
             self.pool.copy(last, own)
@@ -59,6 +56,20 @@ class PagedSequence:
             self.pool.drop([last])
         self.pages += taken
         self.tokens += tokens
+
+    def wants(self, tokens: int) -> int:
+        """Bytes of pages that it takes to extend it by so many."""
+        count = self._more(tokens) + self._copies() if tokens else 0
+        return count * self.pool.shape.nbytes()
+
+    def _more(self, tokens: int) -> int:
+        """New pages for so many more tokens."""
+        return self.pool.shape.pages(len(self) + tokens) - len(self.pages)
+
+    def _copies(self) -> bool:
+        """Whether the last page is not full, and not to be written to as it is."""
+        part = len(self) % self.pool.shape.tokens
+        return bool(part) and not self.pool.writable(self.pages[-1])
 
     def spans(self, start: int, stop: int | None = None) -> Iterator[tuple[Page, int, int]]:
         """Pages of the tokens from `start` to `stop` (or the end), and which of each they are."""

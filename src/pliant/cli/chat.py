@@ -10,7 +10,7 @@ import typer
 
 from pliant.budget import format_size
 from pliant.cli.console import loading, print_json
-from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
+from pliant.cli.options import Context, Device, Directory, Json, Memory, TopH, Weights
 from pliant.cli.run import usage_dict, usage_line
 from pliant.errors import PliantError
 
@@ -30,6 +30,7 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 1.0,
+    top_h: TopH = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def chat(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_h=top_h,
         seed=seed,
     )
     interactive = sys.stdin.isatty() and not as_json

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 import pliant
 from pliant.cli.bench import bench
+from pliant.cli.cache import cache
 from pliant.cli.chat import chat
 from pliant.cli.fit import fit
 from pliant.cli.inspect import inspect
@@ -49,7 +50,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _verb in (fit, run, chat, serve, plan, measure, inspect, bench, methods, report):
+for _verb in (fit, run, chat, serve, plan, measure, cache, inspect, bench, methods, report):
     app.command()(_verb)
 
 

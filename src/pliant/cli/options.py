@@ -29,6 +29,9 @@ Device = Annotated[
 Context = Annotated[
     int | None, typer.Option(metavar="TOKENS", help="Longest sequence. [default: as fitted]")
 ]
+TopH = Annotated[
+    float, typer.Option(help="Draw from the likeliest that have this share of the entropy.")
+]
 NoSpeed = Annotated[
     bool,
     typer.Option("--no-speed", help="Do not predict tokens a second, nor time products for it."),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pliant.cli.console import loading, print_json
-from pliant.cli.options import Context, Device, Directory, Json, Memory, Weights
+from pliant.cli.options import Context, Device, Directory, Json, Memory, TopH, Weights
 
 
 def run(
@@ -21,6 +21,7 @@ def run(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest of this mass.")] = 1.0,
+    top_h: TopH = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the draws.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt; do not make a chat of it.")
@@ -39,6 +40,7 @@ def run(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        top_h=top_h,
         seed=seed,
         raw=raw,
         usage=usage,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,8 +23,8 @@ def serve(
     weights: Weights = None,
     context: Context = None,
     batch: Annotated[
-        int, typer.Option(min=1, help="Sequences that the KV cache holds; several run together.")
-    ] = 1,
+        int, typer.Option(min=1, help="Requests that run at once, at most; 1: one after another.")
+    ] = 16,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     api_key: Annotated[
@@ -39,6 +40,24 @@ def serve(
     ] = None,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Largest request.")] = "4MiB",
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds for an answer.")] = 600.0,
+    share_damage: Annotated[
+        float,
+        typer.Option(min=0, metavar="NATS", help="Damage a token that running more may add."),
+    ] = 0.05,
+    swap: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where pages go of requests that give way. [default: they are read again]",
+            show_default=False,
+        ),
+    ] = None,
+    follow_cgroup: Annotated[
+        bool,
+        typer.Option(
+            "--follow-cgroup", help="Shrink while this machine's or container's memory is short."
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Serve DIR's model as OpenAI's API does; PUT /v1/budget resizes it while it runs."""
@@ -49,28 +68,30 @@ def serve(
         )
     body_bytes = parse_size(max_body)
     with loading():
-        from pliant.run import load
-        from pliant.serve.batching import BatchingEngine
         from pliant.serve.gate import Limits
         from pliant.serve.http import create_app
-        from pliant.serve.sequential import SequentialEngine
+        from pliant.serve.opening import open_engine
+        from pliant.serve.pressure import Watch
         from pliant.serve.server import is_loopback, listen, serve, url_of
     with listen(host, port) as listening:
-        model = load(directory, memory, weights, context, batch=batch, device=device)
-        tokenizer = model.artifact.tokenizer()
-        kind = BatchingEngine if batch > 1 else SequentialEngine
+        engine = open_engine(
+            directory, memory, weights, context, most=batch, device=device,
+            share_damage=share_damage, swap=swap,
+        )  # fmt: skip
         limits = Limits(body_bytes, time_limit, tuple(key for key in api_key or () if key))
         name = name or directory.resolve().name
-        app = create_app(kind(model, tokenizer), name, limits, cors or ())
-        url, plan = url_of(listening), model.plan
+        watch = Watch(engine, follow_cgroup)
+        app = create_app(engine, name, limits, cors or (), watch)
+        url, held = url_of(listening), engine.status()
         if as_json:
-            print_json({"url": url, "name": name, "context": plan.context,
-                        "weight_bytes": plan.weight_bytes, "planned_bytes": plan.planned_bytes}
+            print_json({"url": url, "name": name, "context": engine.context,
+                        "weight_bytes": held.weights, "planned_bytes": held.planned}
             )  # fmt: skip
             sys.stdout.flush()
         else:
-            size, held = format_size(plan.planned_bytes), format_size(plan.weight_bytes)
-            _say(f"{name}: {size} in all, {held} of it weights, for a context of {plan.context:,}")
+            size, weight = format_size(held.planned), format_size(held.weights)
+            _say(f"{name}: {size} in all, {weight} of it weights now; contexts of up to "
+                 f"{engine.context:,}")  # fmt: skip
             _say(f"serving {url}/v1")
         if not limits.keys and not is_loopback(listening):
             _say("warning: anyone who can reach this address can use it; --api-key asks for a key")

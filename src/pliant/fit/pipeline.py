@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pliant.budget import Budget, format_size, parse_size
-from pliant.errors import BudgetError, PliantError
+from pliant.errors import BudgetError, PliantError, UnsupportedModelError
 from pliant.fit.background import Background, ahead
 from pliant.fit.build import Built, begin, build_rungs, estimate_nbytes, proposals
+from pliant.fit.cache import measure_cache
 from pliant.fit.calibrate import Pool, calibration_text, read_pool
 from pliant.fit.device import held_bytes, resident_bytes
 from pliant.fit.evaluate import Evaluator
@@ -38,7 +40,7 @@ from pliant.fit.result import FitResult, summary
 from pliant.fit.scratch import put_aside, store, take_back
 from pliant.fit.training import reconstructed_rungs, trained_rungs, training_text
 from pliant.fit.tune import trained_sizes
-from pliant.ladder import Ladder, Rung, Writer, check_output
+from pliant.ladder import Ladder, Rung, Writer, check_output, load
 from pliant.ladder.live import check_shape
 from pliant.ladder.output import told_when_full
 from pliant.model import StreamedModel, Target, find_device, open_checkpoint
@@ -55,6 +57,7 @@ from pliant.plan.search import Correction, Sample, spaced
 Progress = Callable[[str, int, int], None]  # stage, done, of
 
 _COMPARED = 6  # sizes at which two orders of a trained ladder are measured
+_CACHE_WINDOWS = 2  # of the text, on which the KV cache is measured
 _COPIED = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
            "generation_config", "config.json", "LICENSE")  # fmt: skip
 
@@ -242,9 +245,22 @@ class _Job:
                 "samples": len(samples),
                 "evolved": evolved_summary(writer),
             },
+            complete=partial(self._measure_cache, ids=held_out if len(held_out) else ids),
         )
         self.report("writing", 1, 1)
         return summary(path, note)
+
+    def _measure_cache(self, path: Path, ids: Tensor) -> None:
+        """Measure what the written model's KV cache costs in fewer bits; the fit stands without."""
+        ids = ids[:_CACHE_WINDOWS].to(self.model.device)
+        if not len(ids):
+            return
+        model = load(path, device=self.model.device)
+        with suppress(UnsupportedModelError):
+            measure_cache(
+                model, ids, str(self.recipe.calibration.text or "written by the model"),
+                progress=lambda d, of: self.report("measuring the cache", d, of),
+            )  # fmt: skip
 
     def _trained(
         self,

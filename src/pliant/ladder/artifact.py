@@ -16,6 +16,7 @@ from torch import Tensor
 from pliant.budget import Budget
 from pliant.codes import Code, from_tensors
 from pliant.errors import CorruptError, PliantError
+from pliant.ladder.cache_record import CacheRecord, read_record
 from pliant.ladder.document import FILE_NAME, Document, from_bytes
 from pliant.ladder.output import recover
 from pliant.ladder.rung import Ladder, Rung
@@ -100,6 +101,10 @@ class Artifact:
             return AutoTokenizer.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
             raise PliantError(f"{self.directory} holds no usable tokenizer: {error}") from None
+
+    def cache_record(self) -> CacheRecord | None:
+        """What its KV cache costs in fewer bits; None where nobody measured it."""
+        return read_record(self.directory)
 
     def rung(self, target: str, index: int) -> Rung:
         try:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pliant.model.heap import release
 from pliant.plan.memory import Breakdown, activation_bytes, kv_cache_bytes
 
 DEFAULT_CONTEXT = 2048
+_OUTER = ("embedding", "head")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def plan_opening(
         bound = parse_size(weights) if weights is not None else ladder.largest_bytes
     allocation = ladder.allocation(bound)
     size = ladder.bytes_of(allocation)
-    outer = {t["name"] for t in artifact.targets if t["kind"] in ("embedding", "head")}
+    outer = {t["name"] for t in artifact.targets if t["kind"] in _OUTER}
     embeddings = sum(ladder.rungs[t][i].nbytes for t, i in allocation.items() if t in outer)
     used = size + kv_cache + activations
     free = max(total - used, 0) if total is not None else 0
@@ -130,6 +131,45 @@ class LiveModel:
         self.plan = new
         release()
         return new
+
+    def moves(self, weights: int) -> Iterator[Plan]:
+        """Go to the size that `weights` bytes hold, one target after the other.
+
+        After each the model is whole and `plan` says what it holds, of which the memory is not
+        known any more. What shrinks goes first; weights never take more than the larger of both
+        sizes. Stop whenever you like; an error leaves the model between two sizes.
+        """
+        ladder, old = self.artifact.ladder, self.plan
+        goal = ladder.allocation(weights)
+        ceiling = max(old.weight_bytes, ladder.bytes_of(goal))
+        changes = {t: i for t, i in goal.items() if old.allocation[t] != i}
+        for target in sorted(changes, key=lambda t: self._growth(t, changes[t])):
+            growth = self._growth(target, changes[target])
+            self._replace(target, changes[target], room=ceiling - self.plan.weight_bytes)
+            self.plan = self._after(target, changes[target], growth)
+            yield self.plan
+        release()
+
+    def _growth(self, target: str, index: int) -> int:
+        """Bytes that `target` takes more on rung `index` than it does now."""
+        rungs = self.artifact.ladder.rungs[target]
+        return rungs[index].nbytes - rungs[self.plan.allocation[target]].nbytes
+
+    def _after(self, target: str, index: int, growth: int) -> Plan:
+        plan, was = self.plan, self.plan.breakdown
+        outer = next(t["kind"] for t in self.artifact.targets if t["name"] == target) in _OUTER
+        return replace(
+            plan,
+            allocation={**plan.allocation, target: index},
+            weight_bytes=plan.weight_bytes + growth,
+            memory=None,
+            breakdown=replace(
+                was,
+                weights=was.weights + (0 if outer else growth),
+                embeddings=was.embeddings + (growth if outer else 0),
+                free=0,
+            ),
+        )
 
     def _move(self, start: Mapping[str, int], changes: Allocation, ceiling: int) -> None:
         rungs = self.artifact.ladder.rungs

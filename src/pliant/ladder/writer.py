@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,12 +189,13 @@ class Writer:
         budget: Mapping[str, int] | None = None,
         recipe: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        complete: Callable[[Path], None] | None = None,
     ) -> Path:
         """Assemble the artifact and give it its name; the partial work goes.
 
         ladder: rungs that came from `write`, perhaps fewer, renumbered, with their damage; those
         that it leaves out take at most a tenth of a shard. files: config.json, tokenizer files,
-        recipe.yaml ...
+        recipe.yaml ... complete: may open the artifact where it is assembled, and add to it.
         """
         stage = self.directory / _ASSEMBLY
         chosen = placements(ladder, self._journal.shards)
@@ -218,6 +219,8 @@ class Writer:
                 )
                 for name, content in {**files, document.FILE_NAME: document.to_bytes(made)}.items():
                     write_file(stage / name, content)
+                if complete is not None:
+                    complete(stage)
                 sync(stage)
         except BaseException:
             shutil.rmtree(stage, ignore_errors=True)

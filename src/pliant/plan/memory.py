@@ -112,6 +112,18 @@ def activation_bytes(
     return stays + max(stream + attention, stream + mlp, head)
 
 
+def serving_bytes(config: Any, context: int, most: int, dtype_bytes: int = 4) -> int:
+    """Activations at their peak where up to `most` sequences share a pass.
+
+    A pass takes a chunk of one prompt and a token of every other sequence, whose rows and logits
+    come on top of what one sequence needs.
+    """
+    text = text_config(config)
+    hidden, vocabulary = _need(text, "hidden_size"), _need(text, "vocab_size")
+    row = (2 * hidden + _mlp_width(text)) * dtype_bytes + 2 * vocabulary * 4
+    return activation_bytes(config, context, 1, dtype_bytes=dtype_bytes) + (most - 1) * row
+
+
 def weights_budget(config: Any, budget: Budget) -> int:
     """Bytes that the budget leaves for weights and embeddings.
 

@@ -28,6 +28,7 @@ class Chat:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | None = None,
+        top_h: float = 1.0,
         stop: tuple[str, ...] = (),
     ) -> None:
         if not getattr(tokenizer, "chat_template", None):
@@ -37,7 +38,8 @@ class Chat:
         self.system = system
         self.memory = Memory(model, context)
         self.max_new_tokens = min(max_new_tokens, max(self.memory.context // 2, 1))
-        self.options = {"temperature": temperature, "top_p": top_p, "seed": seed, "stop": stop}
+        self.options = {"temperature": temperature, "top_p": top_p, "seed": seed, "top_h": top_h,
+                        "stop": stop}  # fmt: skip
         self.usage = Usage()
 
     def send(self, text: str) -> Iterator[str]:

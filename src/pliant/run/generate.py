@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,7 @@ def stream(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    top_h: float = 1.0,
     stop: Sequence[str] = (),
     raw: bool = False,
     memory: Memory | None = None,
@@ -146,7 +148,7 @@ def stream(
     """
     tokens = encode(tokenizer, prompt, raw)
     text = TextStream(tokenizer, stop)
-    sampler = Sampler(temperature, top_p, seed)
+    sampler = Sampler(temperature, top_p, seed, top_h=top_h)
     made = generate_tokens(
         model,
         tokens,
@@ -209,14 +211,15 @@ def _generate(
     usage: Usage,
     chunk: int,
 ) -> Iterator[int]:
-    generator = sampler.generator()
+    generator, said = sampler.generator(), Counter[int]()
     usage.prompt_tokens, usage.cached_tokens = len(tokens), memory.common(tokens)
     usage.new_tokens, usage.decode_seconds = 0, 0.0
     started = time.perf_counter()
     logits = memory.extend(tokens[usage.cached_tokens :], chunk)
     usage.prefill_seconds = time.perf_counter() - started
     while True:
-        token = sampler.choose(logits, generator)
+        token = sampler.choose(logits, generator, said)
+        said[token] += 1
         usage.new_tokens += 1
         if token in end:
             usage.finish = "stop"

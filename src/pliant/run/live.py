@@ -54,7 +54,7 @@ class RunningModel(LiveModel):
         if logits.is_cuda:
             graph = self.graph_step()
             return graph is not None and graph.run(token, cache, logits)
-        native = self._native()
+        native = self.native_step()
         return native is not None and native.run(token, cache, logits)
 
     def prompt(self, tokens: Tensor, cache: Any, last: int) -> Tensor | None:
@@ -62,7 +62,7 @@ class RunningModel(LiveModel):
 
         None, and nothing done, where only the forward of transformers can do it, or is faster.
         """
-        native = self._native()
+        native = self.native_step()
         if native is None or not multiplies_words():
             return None
         config: Any = self.config  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ class RunningModel(LiveModel):
             return None
         return self.lm_head(states)  # type: ignore[attr-defined,no-any-return]
 
-    def _native(self) -> NativeStep | None:
+    def native_step(self) -> NativeStep | None:
         """The description of this model as it is now, for the native kernels."""
         if rounding_is_on():
             return None

@@ -10,6 +10,8 @@ are used.
 from __future__ import annotations
 
 import ctypes
+from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,8 +21,11 @@ from pliant.cache import DenseCache
 from pliant.cache.dense import DenseLayer
 from pliant.kernels.cpu import PIECE, activation_bits, aligned, pages
 from pliant.kernels.cpu.build import library
-from pliant.kernels.cpu.structs import Layer, Linear, Step, Unsuited, address, linear
+from pliant.kernels.cpu.structs import Layer, Linear, Row, Step, Unsuited, address, linear
 from pliant.run.family import Description, Product
+
+Pages = array
+"""Of int64: for each page of a sequence, in order, the address of its data and its bits."""
 
 
 class NativeStep:
@@ -36,6 +41,7 @@ class NativeStep:
         self._native = native
         self._parts = Description(model, torch.device("cpu"), (torch.float32,))
         self._bound: tuple[Any, ...] | None = None
+        self._scratch = aligned(0)
         self.vocabulary = 0
         self._describe()
         pages.collapse(t for code in self._parts.codes() for t in code.tensors().values())
@@ -94,13 +100,81 @@ class NativeStep:
             logits = to if alone and start + count == n else None
             if not self._native.pliant_prompt(
                 step, ids[start:].data_ptr(), count, position + start, first, states, logits,
-                shared.data_ptr(), threads,
+                shared.data_ptr(), None, 0, threads,
             ):  # fmt: skip
                 return False
         for layer in cache.layers:
             layer.length += n
         del codes
         return True
+
+    def rows(self, rows: Sequence[tuple[int, int, Pages]], page_tokens: int, out: Tensor) -> bool:
+        """The next token of several sequences at once: (token, position, pages) of each.
+
+        pages: with room for the token, whose page is not coded and held by nobody else. out:
+        float32 logits [len(rows), vocabulary]. A row's numbers depend on its own sequence alone.
+        False, and nothing done, for a token that there is not.
+        """
+        if not all(0 <= token < self.vocabulary for token, _, _ in rows):
+            return False
+        if len(rows) == 1:  # the kernel writes two rows at least
+            pair = torch.empty(2, self.vocabulary)
+            done = self._rows(rows, page_tokens, pair)
+            out.copy_(pair[:1])
+            return done
+        return self._rows(rows, page_tokens, out)
+
+    def _rows(self, rows: Sequence[tuple[int, int, Pages]], page_tokens: int, out: Tensor) -> bool:
+        codes = self._parts.codes()
+        to = address(out, (max(len(rows), 2), self.vocabulary), torch.float32)
+        self._step.activations = activation_bits(eight=False)
+        step, threads = ctypes.byref(self._step), torch.get_num_threads()
+        made = (Row * len(rows))(
+            *(Row(pages.buffer_info()[0], token, position) for token, position, pages in rows)
+        )
+        longest = max(position for _, position, _ in rows) + 1
+        shared = self._room(self._native.pliant_rows_bytes(step, len(rows)))
+        done = self._native.pliant_rows(
+            step, made, len(rows), page_tokens, longest, to, shared.data_ptr(), threads
+        )
+        del codes
+        return bool(done)
+
+    def paged_prompt(
+        self, tokens: Sequence[int], position: int, pages: Pages, page_tokens: int, out: Tensor
+    ) -> bool:
+        """`tokens` behind the `position` that `pages` hold, for which they have room.
+
+        out: as of `prompt`. A token's numbers do not depend on how a prompt is cut.
+        """
+        n, alone = len(tokens), out.dim() == 1
+        if min(tokens) < 0 or max(tokens) >= self.vocabulary:
+            return False
+        codes = self._parts.codes()
+        last = 0 if alone else len(out)
+        shape = (self.vocabulary,) if alone else (last, self._step.hidden)
+        to = address(out, shape, torch.float32)
+        step, threads = ctypes.byref(self._step), torch.get_num_threads()
+        ids = array("q", tokens)
+        shared = self._room(self._native.pliant_prompt_bytes(step, min(n, PIECE)))
+        for start in range(0, n, PIECE):
+            count = min(n - start, PIECE)
+            first = min(max(n - last - start, 0), count)
+            states = to + 4 * self._step.hidden * max(start - (n - last), 0)
+            logits = to if alone and start + count == n else None
+            if not self._native.pliant_prompt(
+                step, ids.buffer_info()[0] + 8 * start, count, position + start, first, states,
+                logits, shared.data_ptr(), pages.buffer_info()[0], page_tokens, threads,
+            ):  # fmt: skip
+                return False
+        del codes
+        return True
+
+    def _room(self, nbytes: int) -> Tensor:
+        """Memory of at least so many bytes that is kept between calls."""
+        if self._scratch.nbytes < nbytes:
+            self._scratch = aligned(nbytes)
+        return self._scratch
 
     def _begin(self, cache: Any) -> bool:
         """Let an empty cache take its memory."""

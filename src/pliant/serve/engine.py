@@ -6,15 +6,16 @@ import asyncio
 import heapq
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from pliant.errors import PliantError
 from pliant.serve.request import Event, Finished, Live, Request
 
 RATE_SECONDS = 5.0
+ASKED = "PUT /v1/budget"
 
 
 class QueueFullError(PliantError):
@@ -27,11 +28,14 @@ class ClosedError(PliantError):
 
 @dataclass(frozen=True)
 class Status:
-    """What an engine does and holds, at one moment.
+    """What an engine does and holds, at one moment. Sizes are bytes.
 
-    memory: the budget in bytes, None when only the weights are bounded. planned: bytes of
-    everything at its peak. weights, cache: bytes held of each. prompt_tokens, new_tokens: counts
-    since the start. tokens_per_second: new ones, over the last seconds.
+    memory: the budget, None when only the weights are bounded. planned: everything at its peak.
+    weights, cache: held of each. activations: set aside for them. least: the smallest budget that
+    is taken; most: above it nothing more is gained. prompt_tokens, new_tokens: counts since the
+    start. tokens_per_second: new ones, over the last seconds. damage, cache_damage: nats a token
+    expected of the weights, and of the cache at the demand of now. pages: how many of each width in
+    bits. moves: changes of the weights so far.
     """
 
     waiting: int
@@ -43,18 +47,27 @@ class Status:
     prompt_tokens: int
     new_tokens: int
     tokens_per_second: float
+    activations: int = 0
+    free: int = 0
+    least: int = 0
+    most: int = 0
+    damage: float | None = None
+    cache_damage: float | None = None
+    pages: Mapping[int, int] = field(default_factory=dict)
+    moves: int = 0
 
 
 class Engine(Protocol):
     """Runs requests. Its methods are called from the event loop, and none of them blocks it.
 
     tokenizer: of transformers. context: tokens that a prompt and its answer may have together.
-    vocabulary: token ids are below it.
+    vocabulary: token ids are below it. end: tokens that end an answer.
     """
 
     tokenizer: Any
     context: int
     vocabulary: int
+    end: frozenset[int]
 
     def submit(self, request: Request) -> Answer:
         """Queue a request. Raises QueueFullError or ClosedError."""
@@ -62,8 +75,11 @@ class Engine(Protocol):
 
     def status(self) -> Status: ...
 
-    async def set_budget(self, memory: int) -> Status:
-        """Go to another total in bytes; returns once it holds. Raises BudgetError, and stays."""
+    async def set_budget(self, memory: int, reason: str = ASKED) -> Status:
+        """Go to another total in bytes; returns once it holds. Raises BudgetError, and stays.
+
+        reason: why, for the log of decisions.
+        """
         ...
 
     async def close(self) -> None:
@@ -119,6 +135,10 @@ class FairQueue:
             raise QueueFullError(f"{self.most} requests wait already; try again later")
         self._arrived += 1
         heapq.heappush(self._heap, (answer.live.request.priority, self._arrived, answer))
+
+    def ahead(self, count: int) -> list[Answer]:
+        """The first so many that `pop` would take, in order."""
+        return [entry[2] for entry in heapq.nsmallest(count, self._heap)]
 
     def first(self) -> Answer | None:
         """What `pop` would take."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -22,8 +22,10 @@ from pliant.errors import BudgetError, PliantError
 from pliant.serve.api_error import CLIENT_CLOSED, ApiError, ErrorBody, from_validation
 from pliant.serve.engine import Answer, ClosedError, Engine, QueueFullError
 from pliant.serve.gate import Gate, Limits
+from pliant.serve.grammar import Grammars
 from pliant.serve.metrics import Metrics
 from pliant.serve.openai import ChatRequest, CompletionRequest, chat, completions
+from pliant.serve.pressure import Watch
 from pliant.serve.replies import (
     ChatChoice,
     ChatCompletion,
@@ -78,13 +80,15 @@ class Health(BaseModel):
 
 @dataclass
 class _Server:
-    """What the routes share. encoder: the one thread that turns text into tokens."""
+    """What the routes share. encoder: the one thread that turns text into tokens, and grammars
+    into what masks them."""
 
     engine: Engine
     name: str
     limits: Limits
     metrics: Metrics
     encoder: ThreadPoolExecutor
+    grammars: Grammars
     started: int
 
     def check_model(self, model: str | None) -> None:
@@ -96,10 +100,10 @@ class _Server:
                 code="model_not_found",
             )
 
-    async def encode(self, translate: Callable[[Any, Engine], T], body: Any) -> T:
-        """`translate(body, engine)` where it does not hold up the event loop."""
+    async def encode(self, translate: Callable[[Any, Engine, Grammars], T], body: Any) -> T:
+        """`translate(body, engine, grammars)` where it does not hold up the event loop."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self.encoder, translate, body, self.engine)
+        return await loop.run_in_executor(self.encoder, translate, body, self.engine, self.grammars)
 
     def submit(self, requests: Sequence[EngineRequest]) -> list[Answer]:
         """Queue all of `requests`, or none."""
@@ -152,19 +156,26 @@ class _Server:
 
 
 def create_app(
-    engine: Engine, name: str, limits: Limits | None = None, origins: Sequence[str] = ()
+    engine: Engine,
+    name: str,
+    limits: Limits | None = None,
+    origins: Sequence[str] = (),
+    watch: Watch | None = None,
 ) -> FastAPI:
     """The server of `engine`, whose model goes by `name`; the engine closes when it ends.
 
-    origins: web pages that browsers let call it (CORS); none by default.
+    origins: web pages that browsers let call it (CORS); none by default. watch: entered as long as
+    it serves.
     """
     limits, metrics = limits or Limits(), Metrics(engine.status)
     encoder = ThreadPoolExecutor(1, thread_name_prefix="pliant-encoder")
-    server = _Server(engine, name, limits, metrics, encoder, int(time.time()))
+    grammars = Grammars(engine.tokenizer, engine.end)
+    server = _Server(engine, name, limits, metrics, encoder, grammars, int(time.time()))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
+        async with watch or nullcontext():
+            yield
         await engine.close()
         encoder.shutdown()
 
@@ -197,9 +208,9 @@ def _add_openai(app: FastAPI, server: _Server) -> None:
         echoes = [echo for _, echo in made]
         answers = server.submit([request for request, _ in made])
         events = [server.events(answer, began) for answer in answers]
-        told = body.logprobs is not None
+        told, each = body.logprobs is not None, body.n or 1
         if body.stream:
-            chunks = text_chunks(events, echoes, server.name, told, body.wants_usage())
+            chunks = text_chunks(events, echoes, server.name, told, body.wants_usage(), each)
             return EventStream(chunks, answers)
 
         async def reply() -> Completion:
@@ -215,7 +226,7 @@ def _add_openai(app: FastAPI, server: _Server) -> None:
                     )
                     for index, (one, echo) in enumerate(zip(said, echoes, strict=True))
                 ],
-                usage=Usage.of([one.end for one in said]),
+                usage=Usage.of([one.end for one in said], each),
             )
 
         return await server.whole(http, answers, reply)
@@ -224,23 +235,29 @@ def _add_openai(app: FastAPI, server: _Server) -> None:
     async def create_chat_completion(body: ChatRequest, http: Request) -> Any:
         began = time.monotonic()
         server.check_model(body.model)
-        request = await server.encode(chat, body)
-        answers = server.submit([request])
-        events = server.events(answers[0], began)
+        requests = await server.encode(chat, body)
+        answers = server.submit(requests)
+        events = [server.events(answer, began) for answer in answers]
         told = bool(body.logprobs)
         if body.stream:
             chunks = chat_chunks(events, server.name, told, body.wants_usage())
             return EventStream(chunks, answers)
 
         async def reply() -> ChatCompletion:
-            said = await collect(events)
-            choice = ChatChoice(
-                message=ChatMessage(content=said.text),
-                logprobs=chat_logprobs(said.tokens) if told else None,
-                finish_reason=said.end.reason,
+            said = [await collect(one) for one in events]
+            return ChatCompletion(
+                **header("chatcmpl", server.name),
+                choices=[
+                    ChatChoice(
+                        index=index,
+                        message=ChatMessage(content=one.text),
+                        logprobs=chat_logprobs(one.tokens) if told else None,
+                        finish_reason=one.end.reason,
+                    )
+                    for index, one in enumerate(said)
+                ],
+                usage=Usage.of([one.end for one in said], len(said)),
             )
-            head = header("chatcmpl", server.name)
-            return ChatCompletion(**head, choices=[choice], usage=Usage.of([said.end]))
 
         return await server.whole(http, answers, reply)
 

@@ -1,12 +1,14 @@
 """OpenAI's completion requests: their fields, and what they ask of an engine.
 
-Fields that OpenAI does not have: top_k, min_p and priority. Unknown fields are ignored, as OpenAI's
-clients expect; known ones that would change the answer and cannot be followed are refused.
+Fields that OpenAI does not have: top_k, min_p, top_h, priority, guided_regex and guided_choice.
+Unknown fields are ignored, as OpenAI's clients expect; known ones that would change the answer and
+cannot be followed are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,13 +17,18 @@ from pliant.run.generate import encode
 from pliant.run.sampling import Sampler
 from pliant.serve.api_error import ApiError
 from pliant.serve.engine import Engine
+from pliant.serve.formats import Format
+from pliant.serve.grammar import Grammar, Grammars
 from pliant.serve.request import Request
 
 MOST_PROMPTS = 128
+MOST_ANSWERS = 16  # to a prompt
 DEFAULT_MAX_TOKENS = 16  # of /v1/completions, as OpenAI's
 
 _INT64 = 2**63
 _Count = Annotated[int, Field(ge=0, lt=_INT64)]
+_Penalty = Annotated[float, Field(ge=-2, le=2)]
+_Bias = Annotated[float, Field(ge=-100, le=100)]
 _Tokens = Annotated[list[_Count], Field(min_length=1)]
 _Stop = str | Annotated[list[str], Field(max_length=16)] | None
 _Prompts = Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
@@ -32,11 +39,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    type: str
-
-
-class Common(BaseModel):
+class Common(Format):
     """What both kinds of completion take. model: None for the one that is served."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
@@ -46,21 +49,31 @@ class Common(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1, lt=_INT64)
     min_p: float | None = Field(None, ge=0, le=1)
+    top_h: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-_INT64, lt=_INT64)
     stop: _Stop = None
-    n: int | None = None
+    n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: int | None = Field(None, ge=-(2**31), lt=2**31)
-    response_format: ResponseFormat | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    logit_bias: dict[_Count, _Bias] | None = None
 
     def sampler(self) -> Sampler:
         temperature = 1.0 if self.temperature is None else self.temperature
         top_k = max(self.top_k or 0, 0)
-        return Sampler(temperature, self.top_p or 1.0, self.seed, top_k, self.min_p or 0.0)
+        return Sampler(
+            temperature,
+            self.top_p or 1.0,
+            self.seed,
+            top_k,
+            self.min_p or 0.0,
+            self.top_h or 1.0,
+            self.presence_penalty or 0.0,
+            self.frequency_penalty or 0.0,
+            tuple((self.logit_bias or {}).items()),
+        )
 
     def stops(self) -> tuple[str, ...]:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
@@ -71,15 +84,7 @@ class Common(BaseModel):
 
     def check(self) -> None:
         """Raise ApiError for what is asked for and is not there."""
-        if self.n not in (None, 1):
-            raise ApiError("n must be 1: one answer a prompt; ask again for another", param="n")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise ApiError(
-                f"response_format {self.response_format.type!r} is not supported yet; only text is",
-                param="response_format",
-                code="unsupported_parameter",
-            )
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias", *self.refused()):
+        for name in self.refused():
             if getattr(self, name):
                 raise ApiError(
                     f"{name} is not supported; leave it out", param=name,
@@ -106,8 +111,11 @@ class CompletionRequest(Common):
 
     def check(self) -> None:
         super().check()
-        if self.best_of not in (None, 1):
-            raise ApiError("best_of must be 1", param="best_of", code="unsupported_parameter")
+        if self.best_of not in (None, self.n or 1):
+            raise ApiError(
+                f"best_of must be n, which is {self.n or 1}", param="best_of",
+                code="unsupported_parameter",
+            )  # fmt: skip
 
 
 class Part(BaseModel):
@@ -149,25 +157,30 @@ class ChatRequest(Common):
         return ("tools", "functions")
 
 
-def completions(body: CompletionRequest, engine: Engine) -> list[tuple[Request, str]]:
-    """A request for each prompt, and the text of the prompt where the answer begins with it."""
+def completions(
+    body: CompletionRequest, engine: Engine, grammars: Grammars
+) -> list[tuple[Request, str]]:
+    """n requests for each prompt, and the text of the prompt where the answer begins with it."""
     body.check()
     prompts: Sequence[Any]
     if isinstance(body.prompt, str) or isinstance(body.prompt[0], int):
         prompts = [body.prompt]
     else:
         prompts = body.prompt
+    if len(prompts) * (body.n or 1) > MOST_PROMPTS:
+        raise ApiError(f"prompts times n must be at most {MOST_PROMPTS}", param="n")
     wanted = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    made = []
+    grammar, made = body.grammar(grammars), []
     for prompt in prompts:
         tokens = _tokens(engine, prompt, raw=True, param="prompt")
-        request = _request(body, engine, tokens, wanted, body.logprobs, bool(body.echo))
-        made.append((request, _text(engine, prompt) if body.echo else ""))
+        asked = _requests(body, engine, tokens, wanted, grammar, body.logprobs, bool(body.echo))
+        echo = _text(engine, prompt) if body.echo else ""
+        made += [(request, echo) for request in asked]
     return made
 
 
-def chat(body: ChatRequest, engine: Engine) -> Request:
-    """The request for the answer to a conversation; as long as the context allows by default."""
+def chat(body: ChatRequest, engine: Engine, grammars: Grammars) -> list[Request]:
+    """n requests for answers to a conversation; as long as the context allows by default."""
     body.check()
     if body.top_logprobs and not body.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs")
@@ -177,18 +190,25 @@ def chat(body: ChatRequest, engine: Engine) -> Request:
     _check_text("".join(message["content"] for message in messages), "messages")
     tokens = _tokens(engine, messages, raw=False, param="messages")
     wanted = body.max_completion_tokens or body.max_tokens or engine.context
-    return _request(body, engine, tokens, wanted, body.top_logprobs or 0 if body.logprobs else None)
+    told = body.top_logprobs or 0 if body.logprobs else None
+    return _requests(body, engine, tokens, wanted, body.grammar(grammars), told)
 
 
-def _request(
+def _requests(
     body: Common,
     engine: Engine,
     tokens: list[int],
     wanted: int,
+    grammar: Grammar | None,
     logprobs: int | None,
     echo: bool = False,
-) -> Request:
-    return Request(
+) -> list[Request]:
+    """n requests that differ in their seeds."""
+    outside = [token for token in body.logit_bias or () if token >= engine.vocabulary]
+    if outside:
+        words = f"token {outside[0]} is not in the vocabulary of {engine.vocabulary}"
+        raise ApiError(words, param="logit_bias")
+    request = Request(
         prompt=tuple(tokens),
         max_tokens=min(wanted, engine.context),
         sampler=body.sampler(),
@@ -196,7 +216,12 @@ def _request(
         logprobs=logprobs,
         score_prompt=echo and logprobs is not None,
         priority=body.priority or 0,
+        grammar=grammar,
     )
+    sampler, seed = request.sampler, body.seed
+    if seed is None:
+        return [request] * (body.n or 1)
+    return [replace(request, sampler=replace(sampler, seed=seed + i)) for i in range(body.n or 1)]
 
 
 def _tokens(engine: Engine, prompt: Any, raw: bool, param: str) -> list[int]:

@@ -27,11 +27,11 @@ class Usage(BaseModel):
     prompt_tokens_details: PromptDetails
 
     @staticmethod
-    def of(ends: Sequence[Finished]) -> Usage:
-        """All prompts and answers of one HTTP request together."""
-        prompt = sum(end.prompt_tokens for end in ends)
+    def of(ends: Sequence[Finished], each: int = 1) -> Usage:
+        """All prompts and answers of one HTTP request together; each prompt has `each` answers."""
+        prompt = sum(end.prompt_tokens for end in ends[::each])
         new = sum(end.new_tokens for end in ends)
-        details = PromptDetails(cached_tokens=sum(end.cached_tokens for end in ends))
+        details = PromptDetails(cached_tokens=sum(end.cached_tokens for end in ends[::each]))
         return Usage(
             prompt_tokens=prompt,
             completion_tokens=new,

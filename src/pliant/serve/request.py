@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 from pliant.errors import PliantError
 from pliant.run.sampling import Sampler, Score
 from pliant.run.text import TextStream
+from pliant.serve.grammar import Grammar
 
 Reason = Literal["stop", "length", "cancelled", "error"]
 
@@ -22,7 +24,8 @@ class Request:
     prompt: token ids, at least one. max_tokens: the longest answer; 0 reads the prompt alone.
     stop: the answer ends before the first of these texts. logprobs: how many likeliest tokens to
     tell beside each token, None to tell nothing. score_prompt: tell the same of the prompt's
-    tokens. priority: lower is served first; arrival decides between equals.
+    tokens. priority: lower is served first; arrival decides between equals. grammar: what the
+    answer must be.
     """
 
     prompt: tuple[int, ...]
@@ -32,6 +35,7 @@ class Request:
     logprobs: int | None = None
     score_prompt: bool = False
     priority: int = 0
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -81,7 +85,8 @@ class Piece:
 class Finished:
     """The last event. Tokens are counts; `message` says what went wrong after an error.
 
-    reason: "stop" (end of text or a stop string), "length" (max_tokens, or the context is full),
+    resized: weights or pages that the answer comes of changed their size on the way. reason: "stop"
+    (end of text or a stop string), "length" (max_tokens, or the context is full),
     "cancelled" or "error".
     """
 
@@ -90,6 +95,7 @@ class Finished:
     cached_tokens: int = 0
     new_tokens: int = 0
     message: str = ""
+    resized: bool = False
 
 
 Event = Prompt | Piece | Finished
@@ -106,7 +112,10 @@ class Live:
         self.request, self._tokenizer, self._end = request, tokenizer, end
         self.generator = request.sampler.generator()
         self.cached, self.made = 0, 0
+        self.resized = False
         self.reason: Reason | None = None
+        self._said = Counter[int]()  # tokens of the answer
+        self._course = request.grammar.start() if request.grammar else None
         self._text = TextStream(tokenizer, request.stop)
         self._given = self._seen = 0  # characters given out, and those held back besides
         self._waiting: list[tuple[Score, int]] = []  # tokens whose text is not out, their offsets
@@ -118,7 +127,8 @@ class Live:
         room: whether the context takes another one behind it.
         """
         request = self.request
-        token = request.sampler.choose(logits, self.generator)
+        allowed = self._course.mask(logits) if self._course else logits
+        token = request.sampler.choose(allowed, self.generator, self._said)
         counted = request.logprobs is not None
         score = Score.of(logits, token, request.logprobs or 0) if counted else Score(token, 0.0)
         return token, self.push(score, room)
@@ -128,9 +138,12 @@ class Live:
         self.made += 1
         if score.token in self._end:
             return self._last("stop", score)
+        self._said[score.token] += 1
+        if self._course:
+            self._course.commit(score.token)
         self._waiting.append((score, self._seen))
         text = self._text.push(score.token)
-        if self._text.stopped:
+        if self._text.stopped or (self._course and self._course.over):
             return self._last("stop", said=text)
         if self.made >= self.request.max_tokens or not room:
             return self._last("length", said=text)
@@ -139,7 +152,8 @@ class Live:
     def finished(self, reason: Reason, message: str = "") -> Finished:
         """The last event."""
         self.reason = reason
-        return Finished(reason, len(self.request.prompt), self.cached, self.made, message)
+        counts = len(self.request.prompt), self.cached, self.made
+        return Finished(reason, *counts, message, self.resized)
 
     def scores(self, done: int, logits: Tensor) -> list[Score]:
         """Of the prompt's tokens behind `done` scored ones; logits [n, vocabulary] before each."""

@@ -34,8 +34,15 @@ class SequentialEngine(ThreadedEngine):
     def _running_count(self) -> int:
         return int(self._running is not None)
 
-    def _cache_bytes(self) -> int:
-        return int(self._memory.cache.nbytes)
+    def _held(self) -> dict[str, Any]:
+        plan = self._model.plan
+        return {
+            "memory": plan.memory,
+            "planned": plan.planned_bytes,
+            "weights": plan.weight_bytes,
+            "cache": int(self._memory.cache.nbytes),
+            "activations": plan.breakdown.activations,
+        }
 
     def _turn(self) -> None:
         """Run the next request to its end."""

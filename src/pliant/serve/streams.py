@@ -45,11 +45,16 @@ class EventStream(StreamingResponse):
 
 
 async def text_chunks(
-    answers: Sequence[Events], echoes: Sequence[str], model: str, logprobs: bool, usage: bool
+    answers: Sequence[Events],
+    echoes: Sequence[str],
+    model: str,
+    logprobs: bool,
+    usage: bool,
+    each: int = 1,
 ) -> AsyncIterator[str]:
     """Chunks of /v1/completions: one answer after the other; they are made side by side.
 
-    echoes: texts that the answers begin with, empty for none.
+    echoes: texts that the answers begin with, empty for none. each: answers to a prompt.
     """
     head = header("cmpl", model)
     ends: list[Finished] = []
@@ -74,30 +79,35 @@ async def text_chunks(
                     ends.append(ended(event))
                     yield chunk(TextChoice(index=index, text="", finish_reason=event.reason))
     if usage:
-        yield Completion(**head, choices=[], usage=Usage.of(ends)).model_dump_json()
+        yield Completion(**head, choices=[], usage=Usage.of(ends, each)).model_dump_json()
 
 
 async def chat_chunks(
-    answer: Events, model: str, logprobs: bool, usage: bool
+    answers: Sequence[Events], model: str, logprobs: bool, usage: bool
 ) -> AsyncIterator[str]:
-    """Chunks of /v1/chat/completions: the role, the pieces, the reason why it ends."""
+    """Chunks of /v1/chat/completions: of each answer the role, the pieces, why it ends."""
     head = header("chatcmpl", model)
+    ends: list[Finished] = []
 
-    def chunk(delta: Delta, tokens: Sequence[Token] = (), reason: str | None = None) -> str:
+    def chunk(
+        index: int, delta: Delta, tokens: Sequence[Token] = (), reason: str | None = None
+    ) -> str:
         told = chat_logprobs(tokens) if logprobs and tokens else None
-        choice = DeltaChoice(delta=delta, logprobs=told, finish_reason=reason)
+        choice = DeltaChoice(index=index, delta=delta, logprobs=told, finish_reason=reason)
         return _dump(ChatChunk(**head, choices=[choice]), usage)
 
-    yield chunk(Delta(role="assistant", content=""))
-    async for event in answer:
-        match event:
-            case Piece() if event.text or (logprobs and event.tokens):
-                yield chunk(Delta(content=event.text), event.tokens)
-            case Finished():
-                yield chunk(Delta(), reason=ended(event).reason)
-                if usage:
-                    last = ChatChunk(**head, choices=[], usage=Usage.of([event]))
-                    yield last.model_dump_json()
+    for index, answer in enumerate(answers):
+        yield chunk(index, Delta(role="assistant", content=""))
+        async for event in answer:
+            match event:
+                case Piece() if event.text or (logprobs and event.tokens):
+                    yield chunk(index, Delta(content=event.text), event.tokens)
+                case Finished():
+                    ends.append(ended(event))
+                    yield chunk(index, Delta(), reason=event.reason)
+    if usage:
+        last = ChatChunk(**head, choices=[], usage=Usage.of(ends, len(answers)))
+        yield last.model_dump_json()
 
 
 def _dump(chunk: Completion | ChatChunk, usage: bool) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pliant.errors import PliantError
 from pliant.run.generate import context_of, end_tokens
-from pliant.serve.engine import Answer, ClosedError, FairQueue, Rate, Status
+from pliant.serve.engine import ASKED, Answer, ClosedError, FairQueue, Rate, Status
 from pliant.serve.request import Live, Request
 
 MOST_WAITING = 1024
@@ -39,9 +39,9 @@ class ThreadedEngine(ABC):
         self.tokenizer, self._model = tokenizer, model
         self.context = context_of(model)
         self.vocabulary = int(model.config.get_text_config(decoder=True).vocab_size)
-        self._end = end_tokens(model, tokenizer)
+        self.end = end_tokens(model, tokenizer)
         self._queue = FairQueue(most_waiting)
-        self._budgets: list[tuple[int, Future[Status]]] = []
+        self._budgets: list[tuple[int, str, Future[Status]]] = []
         self._closing = False
         self._changed = threading.Condition()  # guards the three above
         self._prompt_tokens = self._new_tokens = 0
@@ -49,7 +49,7 @@ class ThreadedEngine(ABC):
         self._thread = threading.Thread(target=self._work, name="pliant-engine", daemon=True)
 
     def submit(self, request: Request) -> Answer:
-        answer = Answer(Live(request, self.tokenizer, self._end), self._cancel)
+        answer = Answer(Live(request, self.tokenizer, self.end), self._cancel)
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down")
@@ -58,27 +58,23 @@ class ThreadedEngine(ABC):
         return answer
 
     def status(self) -> Status:
-        plan = self._model.plan
         with self._changed:
             waiting = len(self._queue)
         return Status(
             waiting=waiting,
             running=self._running_count(),
-            memory=plan.memory,
-            planned=plan.planned_bytes,
-            weights=plan.weight_bytes,
-            cache=self._cache_bytes(),
             prompt_tokens=self._prompt_tokens,
             new_tokens=self._new_tokens,
             tokens_per_second=self._rate.value(),
+            **self._held(),
         )
 
-    async def set_budget(self, memory: int) -> Status:
+    async def set_budget(self, memory: int, reason: str = ASKED) -> Status:
         done: Future[Status] = Future()
         with self._changed:
             if self._closing:
                 raise ClosedError("the server is shutting down")
-            self._budgets.append((memory, done))
+            self._budgets.append((memory, reason, done))
             self._changed.notify()
         return await asyncio.wrap_future(done)
 
@@ -97,8 +93,12 @@ class ThreadedEngine(ABC):
         """Requests that are computed now; from any thread."""
 
     @abstractmethod
-    def _cache_bytes(self) -> int:
-        """Bytes that keys and values take; from any thread."""
+    def _held(self) -> dict[str, Any]:
+        """The fields of Status that tell of memory; from any thread."""
+
+    def _idle_seconds(self) -> float | None:
+        """How long to wait for something to do before a turn without; None: for ever."""
+        return None
 
     def _cancel(self, answer: Answer) -> None:
         with self._changed:
@@ -112,11 +112,15 @@ class ThreadedEngine(ABC):
             self._turn()
 
     def _wait(self) -> bool:
-        """Until there is something to do; False when there never will be."""
+        """Until there may be something to do; False when there never will be."""
         with self._changed:
-            while not (len(self._queue) or self._budgets or self._running_count() or self._closing):
-                self._changed.wait()
-            return bool(len(self._queue) or self._budgets or self._running_count())
+            if not self._busy() and not self._closing:
+                self._changed.wait(self._idle_seconds())
+            return self._busy() or not self._closing
+
+    def _busy(self) -> bool:
+        """Whether there is something to do."""
+        return bool(len(self._queue) or self._budgets or self._running_count())
 
     def _check(self, request: Request) -> None:
         """Raise PliantError for a prompt that the context does not hold."""
@@ -130,20 +134,18 @@ class ThreadedEngine(ABC):
         self._new_tokens += 1
         self._rate.count()
 
-    def _resize(self) -> None:
-        """Go to the budgets that were asked for, in order."""
+    def _budgets_asked(self) -> list[tuple[int, str, Future[Status]]]:
+        """Budgets that were asked for and are still wanted, in order."""
         with self._changed:
             budgets, self._budgets = self._budgets, []
-        for memory, done in budgets:
-            if not done.set_running_or_notify_cancel():
-                continue
+        return [asked for asked in budgets if asked[2].set_running_or_notify_cancel()]
+
+    def _resize(self) -> None:
+        """Go to the budgets that were asked for."""
+        for memory, _, done in self._budgets_asked():
             try:
                 self._model.resize(memory=memory)
             except Exception as error:
                 done.set_exception(error)
             else:
-                self._resized()
                 done.set_result(self.status())
-
-    def _resized(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """The model has other weights from now on."""

@@ -123,7 +123,13 @@ def _load(path: Path) -> ctypes.CDLL:
     native.pliant_prompt_bytes.argtypes = [pointer, number]
     native.pliant_prompt_bytes.restype = number
     native.pliant_prompt.argtypes = [
-        pointer, pointer, number, number, number, pointer, pointer, pointer, ctypes.c_int,
+        pointer, pointer, number, number, number, pointer, pointer, pointer, pointer, number,
+        ctypes.c_int,
+    ]  # fmt: skip
+    native.pliant_rows_bytes.argtypes = [pointer, number]
+    native.pliant_rows_bytes.restype = number
+    native.pliant_rows.argtypes = [
+        pointer, pointer, number, number, number, pointer, pointer, ctypes.c_int,
     ]  # fmt: skip
     real, team = ctypes.c_float, ctypes.c_int
     native.pliant_search.argtypes = [

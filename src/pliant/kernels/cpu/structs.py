@@ -94,6 +94,14 @@ class Step(ctypes.Structure):
     ]
 
 
+class Row(ctypes.Structure):
+    _fields_ = [
+        ("pages", ctypes.c_void_p),
+        ("token", ctypes.c_int64),
+        ("position", ctypes.c_int64),
+    ]
+
+
 SIZES = [ctypes.sizeof(struct) for struct in (Integers, Matrix, Linear, Layer, Step)]
 
 

@@ -6,6 +6,7 @@
 #include "step.h"
 #include "gemm.h"
 #include "prompt.h"
+#include "rows.h"
 
 #define NAME2(isa) pliant_kernels_##isa
 #define NAME(isa) NAME2(isa)
@@ -15,4 +16,4 @@
 extern "C" const Kernels NAME(PLIANT_ISA);
 const Kernels NAME(PLIANT_ISA) = {TEXT(PLIANT_ISA), matmul_job, decode_job, step_job,
                                 search_job,      feedback_job, gemm_job, prompt_job,
-                                kWords,          gemm_bytes,    prompt_bytes};
+                                kWords,          gemm_bytes,    prompt_bytes, rows_job, rows_bytes};

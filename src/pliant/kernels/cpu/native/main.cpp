@@ -86,9 +86,20 @@ EXPORT int64_t pliant_prompt_bytes(const Step* step, int64_t n) {
 
 EXPORT int pliant_prompt(const Step* step, const int64_t* tokens, int64_t n, int64_t position,
                          int64_t first, float* states, float* logits,
-                         char* shared, int threads) {
-  PromptJob job = {step, tokens, n, position, first, states, logits, shared};
+                         char* shared, const Page* pages, int64_t page_tokens, int threads) {
+  PromptJob job = {step,   tokens, n,      position, first,
+                   states, logits, shared, pages,    page_tokens};
   return pool_run(kernels()->prompt, &job, threads);
+}
+
+EXPORT int64_t pliant_rows_bytes(const Step* step, int64_t n) {
+  return kernels()->rows_bytes(step, n);
+}
+
+EXPORT int pliant_rows(const Step* step, const Row* rows, int64_t n, int64_t page_tokens,
+                       int64_t longest, float* logits, char* shared, int threads) {
+  RowsJob job = {step, rows, n, page_tokens, longest, logits, shared};
+  return pool_run(kernels()->rows, &job, threads);
 }
 
 EXPORT int pliant_search(const float* weight, int64_t rows, int64_t width, int64_t group,

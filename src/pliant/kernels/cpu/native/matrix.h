@@ -74,6 +74,8 @@ struct Kernels {
   int words;  // whether gemm and prompt multiply in 16 bits
   int64_t (*gemm_bytes)(int64_t tokens, int64_t width);  // of GemmJob::operand
   int64_t (*prompt_bytes)(const Step* step, int64_t tokens);  // of PromptJob::shared
+  void (*rows)(void* what, int member, Team* team);           // what: RowsJob
+  int64_t (*rows_bytes)(const Step* step, int64_t n);         // of RowsJob::shared
 };
 
 struct MatmulJob {
@@ -98,6 +100,27 @@ struct StepJob {
   float* logits;  // [vocabulary] or null: only the cache is written
 };
 
+// Keys and values of some tokens in all layers (pages.h); 16 bits or fewer.
+struct Page {
+  const char* data;
+  int64_t bits;
+};
+
+// The next token of a sequence, whose `position` tokens and room for it are on its pages.
+struct Row {
+  const Page* pages;
+  int64_t token, position;
+};
+
+// One token of each of several sequences.
+struct RowsJob {
+  const Step* step;
+  const Row* rows;
+  int64_t n, page_tokens, longest;  // longest: tokens of the longest sequence, with its new one
+  float* logits;                    // [n or 2, vocabulary]: at least two rows of room
+  char* shared;                     // 64-byte aligned
+};
+
 // Many inputs times a weight.
 struct GemmJob {
   const Linear* linear;
@@ -116,6 +139,8 @@ struct PromptJob {
   float* states;  // [n - first, hidden]: normalised, of tokens from `first` on
   float* logits;  // [vocabulary] after the last, or null
   char* shared;   // 64-byte aligned
+  const Page* pages;  // of the sequence, with room for all; null: the cache of the step
+  int64_t page_tokens;
 };
 
 // For each group of a matrix the scale and the table of least weighted squared error.

@@ -4,6 +4,7 @@
 #pragma once
 #include "gemm.h"
 #include "matrix.h"
+#include "pages.h"
 #include "step.h"
 #include "vector.h"
 
@@ -141,19 +142,26 @@ void place_head(const Step& s, const PromptBuffers& all, const float* from, cons
 }
 
 // New keys and values of one head and block go to the cache.
-void remember(const Step& s, const Layer& layer, const PromptBuffers& all, PromptOwn& own,
-              int64_t kv, int64_t block, int64_t n, int64_t position) {
+void remember(const PromptJob& job, int64_t l, const PromptBuffers& all, PromptOwn& own, int64_t kv,
+              int64_t block) {
+  const Step& s = *job.step;
+  const Layer& layer = s.layers[l];
+  const int64_t n = job.n, position = job.position;
+  const PageShape shape = {job.page_tokens, s.kv_heads, s.head_dim};
   const int64_t dim = s.head_dim, start = block * kAbreast;
   const int64_t here = n - start < kAbreast ? n - start : kAbreast;
   const float* key = all.keys + (block * s.kv_heads + kv) * dim * kAbreast;
   const float* value = all.values + (block * s.kv_heads + kv) * dim * kAbreast;
   place_head(s, all, key, layer.key_norm, block, 1.0f, own.query);
-  const int64_t at = (kv * s.capacity + position + start) * dim;
-  for (int64_t t = 0; t < here; t++)
+  for (int64_t t = 0; t < here; t++) {
+    const int64_t token = position + start + t, at = (kv * s.capacity + token) * dim;
+    uint16_t* to_key = job.pages ? new_key(shape, job.pages, l, kv, token) : layer.keys + at;
+    uint16_t* to_value = job.pages ? to_key + shape.keys() : layer.values + at;
     for (int64_t i = 0; i < dim; i++) {
-      layer.keys[at + t * dim + i] = to_brain(own.query[i * kAbreast + t]);
-      layer.values[at + t * dim + i] = to_brain(value[i * kAbreast + t]);
+      to_key[i] = to_brain(own.query[i * kAbreast + t]);
+      to_value[i] = to_brain(value[i * kAbreast + t]);
     }
+  }
 }
 
 inline void widen_rows(const uint16_t* from, int64_t n, float* __restrict out) {
@@ -162,8 +170,12 @@ inline void widen_rows(const uint16_t* from, int64_t n, float* __restrict out) {
 
 // One query head of a block of tokens against the cache, some keys at a time (the softmax of
 // "FlashAttention: Fast and Memory-Efficient Exact Attention with IO-Awareness").
-void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, PromptOwn& own,
-                  int64_t h, int64_t block, int64_t n, int64_t position) {
+void attend_block(const PromptJob& job, int64_t l, const PromptBuffers& all, PromptOwn& own,
+                  int64_t h, int64_t block) {
+  const Step& s = *job.step;
+  const Layer& layer = s.layers[l];
+  const int64_t n = job.n, position = job.position;
+  const PageShape shape = {job.page_tokens, s.kv_heads, s.head_dim};
   const int64_t dim = s.head_dim, kv = h / (s.heads / s.kv_heads);
   const int64_t first_token = position + block * kAbreast;
   const int64_t end = first_token + kAbreast, last = end < position + n ? end : position + n;
@@ -174,9 +186,13 @@ void attend_block(const Step& s, const Layer& layer, const PromptBuffers& all, P
   peak[0] = peak[1] = Floats{} - 1e30f;
   for (int64_t from = 0; from < last; from += kKeys) {
     const int64_t count = last - from < kKeys ? last - from : kKeys;
-    const int64_t at = (kv * s.capacity + from) * dim;
-    widen_rows(layer.keys + at, count * dim, own.key_rows);
-    widen_rows(layer.values + at, count * dim, own.value_rows);
+    if (job.pages) {
+      sequence_head(shape, job.pages, l, kv, from, count, own.key_rows, own.value_rows);
+    } else {
+      const int64_t at = (kv * s.capacity + from) * dim;
+      widen_rows(layer.keys + at, count * dim, own.key_rows);
+      widen_rows(layer.values + at, count * dim, own.value_rows);
+    }
     memset(own.scores, 0, count * kAbreast * sizeof(float));
     float_rows(own.key_rows, dim, 1, count, own.query, dim, own.scores);
     for (int64_t t = first_token + 1 > from ? first_token + 1 - from : 0; t < count; t++)
@@ -287,10 +303,10 @@ void prompt_job(void* what, int member, Team* team) {
     }
     team_wait(team);
     for (int64_t i = member; i < s.kv_heads * blocks; i += members)
-      remember(s, layer, all, own, i / blocks, i % blocks, n, position);
+      remember(*job, l, all, own, i / blocks, i % blocks);
     team_wait(team);
     while (take(counter + 1, s.heads * blocks, &which))  // the longest first
-      attend_block(s, layer, all, own, which % s.heads, blocks - 1 - which / s.heads, n, position);
+      attend_block(*job, l, all, own, which % s.heads, blocks - 1 - which / s.heads);
     team_wait(team);
     give(all.attended, nullptr, 0, attended, blocks, member, members);
     team_wait(team);
