@@ -124,6 +124,11 @@ class Policy(ABC):
     def nbytes(self) -> int:
         """Bytes that are kept from one chunk to the next."""
 
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that the last `read` went through: all, but for policies that choose."""
+        return self.nbytes
+
     def per_kv_head(self, weights: Tensor) -> Tensor:
         """[heads, ...] summed over the query heads of each key head, [kv_heads, ...]."""
         return weights.view(self.layer.kv_heads, -1, *weights.shape[1:]).sum(1)
