@@ -69,8 +69,8 @@ function drawNow(now) {
 async function drawLadder() {
   const rows = new Map();
   for (const target of await (await api("/v1/ladder")).json()) {
-    const words = target.name.replace(/\.weight$/, "").split(".");
-    const kind = words.pop();
+    const own = target.name.replace(/\.weight$/, "").split(".").pop();
+    const kind = target.layer === null ? target.kind : own;
     if (!rows.has(kind)) rows.set(kind, []);
     rows.get(kind).push(target);
   }
