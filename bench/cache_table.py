@@ -64,7 +64,7 @@ def page(tables: dict[str, list[Row]], reuse: dict[str, Row], told: dict[str, An
         f"windows of {WINDOW:,} tokens of WikiText-2's test split: {PROMPT:,} are the prompt, the "
         f"other {WINDOW - PROMPT} are read {STEP} at a time and each of their positions is scored.",
         "Damage is the mean KL divergence in nats a token from full attention over exact keys and",
-        "values, with a 95% interval from resampling windows (few, so it is rough). Bytes are what",
+        "values, with a 95% interval from resampling windows (from three on). Bytes are what",
         "is kept from one chunk to the next, at the end over all tokens; shares are of 16-bit keys",
         "and values, after the prompt and at the end. Read: the share that a step goes through,",
         "where it is less than what is kept. Same: the most likely next token is the original's.",
@@ -100,13 +100,13 @@ def table(rows: list[Row]) -> list[str]:
         if "kl" not in row:
             lines.append(f"{start} | | | {row.get('failed', 'not measured')} | | | | |")
             continue
-        low, high = row["kl_ci95"]
+        interval = "{:.4f} to {:.4f}".format(*row["kl_ci95"]) if row["windows"] > 2 else ""
         read = row["read"]
         less = f"{read:.3f}" if read is not None and read < 0.97 * (row["share"] or 1) else ""
         shares = f"{row['share_prompt']:.3f}, {row['share']:.3f}" if row["share"] else ""
         lines.append(
             f"{start} {row['bytes_end'] / WINDOW:.0f} | {shares} | {less} | {row['kl']:.4f} | "
-            f"{low:.4f} to {high:.4f} | {row['same']:.3f} | "
+            f"{interval} | {row['same']:.3f} | "
             f"{row['windows']} | {row['seconds']:.0f} |"
         )
     return lines
