@@ -204,6 +204,7 @@ def test_the_description_lists_every_page(operations):
     assert set(operations) == {
         ("/v1/completions", "POST"), ("/v1/chat/completions", "POST"), ("/v1/models", "GET"),
         ("/v1/models/{model}", "GET"), ("/v1/budget", "GET"), ("/v1/budget", "PUT"),
+        ("/v1/ladder", "GET"), ("/v1/decisions", "GET"),
         ("/health", "GET"), ("/metrics", "GET"),
     }  # fmt: skip
 
