@@ -139,7 +139,7 @@ def test_rkv_keeps_one_of_what_repeats_itself_and_that_is_the_newest():
     keys = torch.nn.functional.normalize(torch.randn(40, DIM), dim=-1)
     copies = list(range(5, 25))
     keys[copies] = keys[5] + 0.001 * torch.randn(20, DIM)
-    policy = RKV(LAYER, tokens=21, recent=2, sinks=1)
+    policy = RKV(LAYER, tokens=21, recent=2, sinks=1, alike=0.95)
     feed(policy, keys, queries=torch.zeros(2 * HEADS, 40, DIM))
     stays = sorted(places(policy) & set(copies))
     assert stays == [24]  # 20 others and the newest copy
