@@ -10,6 +10,7 @@ import torch
 from pliant.cache.limited import LimitedModel, attention
 from pliant.cache.policies.chelsea import Chelsea
 from pliant.cache.policies.citrus import CItruS
+from pliant.cache.policies.distinct import Distinct, ranks
 from pliant.cache.policies.elastic import Elastic, nearest
 from pliant.cache.policies.ems import EMS
 from pliant.cache.policies.h2o import H2O
@@ -26,8 +27,7 @@ from pliant.errors import PliantError
 from .paging import llama, random_ids
 
 HEADS, DIM = 2, 8
-ALL = [H2O, RaaS, RKV, EMS, CItruS, ZeroMerge, Chelsea, Elastic, LMInfinite]
-MERGING = [EMS, ZeroMerge, Chelsea, Elastic]
+ALL = [H2O, RaaS, RKV, EMS, CItruS, ZeroMerge, Chelsea, Elastic, LMInfinite, Distinct]
 ROTARY = Rotary(10000.0 ** -(torch.arange(DIM // 2) / (DIM // 2)))
 LAYER = Layer(0, 1, 2 * HEADS, HEADS, DIM, DIM, ROTARY, DIM**-0.5)
 
@@ -98,12 +98,12 @@ def test_a_budget_larger_than_the_text_is_keeping_all_bit_for_bit(make):
         assert torch.equal(small(part), plain(part))
 
 
-@pytest.mark.parametrize("make", [H2O, RaaS, RKV, EMS, CItruS, ZeroMerge, Elastic])
+@pytest.mark.parametrize("make", [H2O, RaaS, RKV, EMS, CItruS, ZeroMerge, Elastic, Distinct])
 @pytest.mark.parametrize("chunk", [1, 16, 100])
 def test_tokens_that_queries_look_at_outlive_others(make, chunk):
     hitters = [20, 21, 33, 47]
     keys, queries = watched(100, hitters)
-    options = {"share": 0.9, "pool": 1} if make is RKV else {}
+    options = {RKV: {"share": 0.9, "pool": 1}, Distinct: {"share": 0.9}}.get(make, {})
     policy = make(LAYER, tokens=24, recent=8, sinks=2, **options)
     feed(policy, keys, queries=queries, chunk=chunk)
     stays = places(policy)
@@ -143,6 +143,20 @@ def test_rkv_keeps_one_of_what_repeats_itself_and_that_is_the_newest():
     feed(policy, keys, queries=torch.zeros(2 * HEADS, 40, DIM))
     stays = sorted(places(policy) & set(copies))
     assert stays == [24]  # 20 others and the newest copy
+
+
+def test_distinct_keeps_the_rare_key_wherever_the_common_one_stands():
+    """Where positions are on, copies of one key are not alike."""
+    torch.manual_seed(0)
+    common, rare = torch.randn(DIM), [17, 40]
+    plain = common + 0.1 * torch.randn(80, DIM)
+    plain[rare] = torch.randn(2, DIM)
+    keys = ROTARY.turn(plain, torch.arange(80))
+    policy = Distinct(LAYER, tokens=14, recent=8, sinks=2)
+    feed(policy, keys, queries=torch.zeros(2 * HEADS, 80, DIM), chunk=20)
+    assert set(rare) <= places(policy)
+    is_rare = torch.isin(policy.entries.positions, torch.tensor(rare))
+    assert ranks(policy.distinctness())[is_rare].amin() >= 12
 
 
 def test_citrus_keeps_what_the_instruction_asks_for():
@@ -270,7 +284,7 @@ def test_mistakes_are_refused():
         RKV(LAYER, share=2)
 
 
-@pytest.mark.parametrize("make", [H2O, RKV, RaaS])
+@pytest.mark.parametrize("make", [H2O, RKV, RaaS, Distinct])
 def test_scores_do_not_depend_on_how_the_text_is_cut(make):
     keys, queries = torch.randn(40, DIM), torch.randn(2 * HEADS, 40, DIM)
     values = torch.randn(40, DIM)
