@@ -29,7 +29,7 @@ class LouisKV(Retrieving):
         layer: Layer,
         *,
         share: float = 0.25,
-        cluster: int = 16,
+        cluster: int = 8,
         segment: int = 64,
         alike: float = 0.8,
         output: int = 32,
@@ -63,7 +63,7 @@ class LouisKV(Retrieving):
             fresh = self.sizes.shape[1] - known.shape[1]
             known = pad(known, (0, fresh), value=True)  # closed since, and still there
         if known is None or self._turned:
-            worth = self.scores(queries).softmax(-1).sum(1)
+            worth = self.scores(queries).softmax(-1).amax(1)
             tokens = self.share * float(self.sizes[0].sum())
             worth[:, 0] = torch.inf  # the sinks
             chosen = within(worth, self.sizes, tokens)

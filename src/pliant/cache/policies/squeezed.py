@@ -18,8 +18,9 @@ class Squeezed(Retrieving):
 
     One threshold serves all heads of a layer, so that heads that look at few places leave more to
     others. The published clusters are of a prompt known beforehand; here tokens are clustered as
-    soon as `block` of them lie behind the `recent` newest. Queries of one chunk choose together.
-    All is kept: what gets less is `read_bytes`. One level of centroids.
+    soon as `block` of them lie behind the `recent` newest. Queries of one chunk and key head choose
+    together, a cluster by the one that wants it most. All is kept: what gets less is `read_bytes`.
+    One level of centroids.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class Squeezed(Retrieving):
         layer: Layer,
         *,
         share: float = 0.25,
-        cluster: int = 16,
+        cluster: int = 8,
         block: int = 256,
         recent: int = 32,
     ) -> None:
@@ -39,7 +40,7 @@ class Squeezed(Retrieving):
         scores = self.scores(queries)
         # the weight of one key of a cluster, were all keys of a cluster as its centroid is
         total = (scores + self.sizes.clamp(min=1).log()[:, None]).logsumexp(-1, keepdim=True)
-        worth = (scores - total).exp().sum(1)  # [kv_heads, units]
+        worth = (scores - total).exp().amax(1)  # [kv_heads, units], for whom it matters most
         tokens = self.share * self.sizes.sum()
         taken = within(worth.flatten(), self.sizes.flatten(), float(tokens))
         return taken.view(worth.shape)
